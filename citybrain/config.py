@@ -1,0 +1,145 @@
+"""Strict YAML: every error names the file, the line and the field, and says what was expected.
+
+A document is decoded into a msgspec struct with `forbid_unknown_fields=True`. Durations are written `15s`, `5min`,
+`2h`, `1d` and become milliseconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+from citybrain.errors import ConfigError
+
+T = TypeVar("T")
+
+_DURATION = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|min|h|d)$")
+_FACTOR = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+class Duration(int):
+    """Milliseconds, written `15s` in a file."""
+
+    __slots__ = ()
+
+
+def duration_ms(text: str) -> int:
+    """Return `15s`, `5min`, `2h`, `1d`, `250ms` in milliseconds; raises ValueError.
+
+    >>> duration_ms("1.5min")
+    90000
+    """
+    match = _DURATION.match(text)
+    if match is None:
+        raise ValueError(f'expected a duration such as "15s", "5min" or "2h", got {text!r}')
+    return round(float(match[1]) * _FACTOR[match[2]])
+
+
+def duration_text(ms: int) -> str:
+    """Return milliseconds the way a file writes them.
+
+    >>> duration_text(300000)
+    '5min'
+    """
+    for unit in ("d", "h", "min", "s"):
+        if ms and ms % _FACTOR[unit] == 0:
+            return f"{ms // _FACTOR[unit]}{unit}"
+    return f"{ms}ms"
+
+
+def _hook(kind: type, value: Any) -> Any:
+    if kind is Duration:
+        if not isinstance(value, str):
+            raise ValueError(f'expected a duration such as "15s", got {value!r}')
+        return Duration(duration_ms(value))
+    raise NotImplementedError(kind)
+
+
+class Lines:
+    """Where each field of a YAML document stands: path like `rules[2].on_delay` → line."""
+
+    def __init__(self, file: str, node: yaml.Node | None) -> None:
+        self.file = file
+        self._lines: dict[str, int] = {}
+        if node is not None:
+            self._walk(node, "")
+
+    def _walk(self, node: yaml.Node, path: str) -> None:
+        self._lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, value in node.value:
+                name = str(key.value)
+                here = f"{path}.{name}" if path else name
+                if name in seen:
+                    raise ConfigError(f"{self.file}:{key.start_mark.line + 1} {here}", "written twice")
+                seen.add(name)
+                self._lines[here] = key.start_mark.line + 1
+                self._walk(value, here)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                self._walk(value, f"{path}[{index}]")
+
+    def where(self, path: str) -> str:
+        """Return `file:line path` of a field, or of the nearest one around it."""
+        at = path
+        while at and at not in self._lines:
+            at = at[: max(at.rfind("."), at.rfind("["), 0)]
+        return f"{self.file}:{self._lines.get(at, 1)} {path}".rstrip()
+
+
+def parse_yaml(text: str, file: str) -> tuple[Any, Lines]:
+    """Parse one YAML document; raises ConfigError with the line where it is no YAML or holds a key twice."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark is not None else 1
+        raise ConfigError(f"{file}:{line}", f"not YAML: {getattr(error, 'problem', error)}") from None
+    return value, Lines(file, node)
+
+
+def convert(value: Any, kind: type[T], lines: Lines, path: str = "") -> T:
+    """Turn a parsed value into `kind`; raises ConfigError naming file, line and field, and the nearest known name."""
+    try:
+        return msgspec.convert(value, kind, dec_hook=_hook)
+    except msgspec.ValidationError as error:
+        what, _, inside = str(error).partition(" - at `")
+        inner = inside.rstrip("`").removeprefix("$").removeprefix(".")
+        unknown = re.search(r"unknown field `(.+)`", what)
+        if unknown:
+            inner = f"{inner}.{unknown[1]}" if inner else unknown[1]
+            what = f"unknown field {unknown[1]!r}{_nearest(unknown[1], kind)}"
+        full = f"{path}{'' if not path or not inner or inner[0] == '[' else '.'}{inner}"
+        raise ConfigError(lines.where(full), what) from None
+
+
+def _nearest(name: str, kind: Any) -> str:
+    names = set()
+    todo, seen = [kind], set()
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for field in getattr(current, "__struct_encode_fields__", ()):
+            names.add(field)
+        todo += [hint for hint in getattr(current, "__annotations__", {}).values() if isinstance(hint, type)]
+    close = difflib.get_close_matches(name, sorted(names), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def load_yaml(path: Path, kind: type[T]) -> T:
+    """Read a YAML file as `kind`; raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"cannot be read: {error}") from None
+    value, lines = parse_yaml(text, str(path))
+    return convert(value, kind, lines)

@@ -1,0 +1,1 @@
+"""The relational schema: alarms, incidents, cases and everything that must commit with them."""

@@ -1,0 +1,203 @@
+"""Tables of the desk, the one writer. Times are Unix ms UTC (platform time unless a column says otherwise).
+
+`json` columns hold text written by msgspec. Ids are given in order by the desk, never at random, so that replaying its
+journal gives the same rows.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+metadata = MetaData()
+Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite only counts INTEGER PRIMARY KEY by itself
+
+meta = Table(
+    "meta",
+    metadata,
+    Column("key", String, primary_key=True),
+    Column("value", Text, nullable=False),
+)
+
+consumed = Table(
+    "consumed",
+    metadata,
+    Column("shard", Integer, primary_key=True, autoincrement=False),
+    Column("offset", BigInteger, nullable=False),  # next offset of the shard's transition log
+    comment="how far the desk is; written in the same transaction as what it did",
+)
+
+journal = Table(
+    "journal",
+    metadata,
+    Column("n", Id, primary_key=True),
+    Column("at", BigInteger, nullable=False),  # the `now` of this input's decisions
+    Column("source", String, nullable=False),  # transition | command | timer | delivery
+    Column("shard", Integer),
+    Column("offset", BigInteger),  # of a transition
+    Column("body", Text),  # json, of the others
+)
+
+alarms = Table(
+    "alarms",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("rule", String, nullable=False),
+    Column("ruleset", String, nullable=False),
+    Column("subject", String, nullable=False),
+    Column("state", String, nullable=False),  # streams.alarms.ALARM
+    Column("open", Integer, nullable=False),  # 1 until the machine's final state
+    Column("active", Integer, nullable=False),  # 1 while the condition holds
+    Column("urgency", String, nullable=False),
+    Column("raised_at", BigInteger, nullable=False),  # event time
+    Column("received_at", BigInteger, nullable=False),
+    Column("opened_at", BigInteger, nullable=False),
+    Column("last_at", BigInteger, nullable=False),
+    Column("cleared_at", BigInteger),
+    Column("acknowledged_at", BigInteger),
+    Column("acknowledged_by", String),
+    Column("count", Integer, nullable=False),
+    Column("shard", Integer, nullable=False),
+    Column("source", BigInteger, nullable=False),  # log offset that raised it
+    Column("evidence", Text, nullable=False),  # json Evidence of the latest raise
+    Column("incident", BigInteger, ForeignKey("incidents.id")),
+    Column("why", String, nullable=False, server_default=""),  # reason code of its membership
+    Index(
+        "one_open_alarm",
+        "rule",
+        "subject",
+        unique=True,
+        sqlite_where=text("open = 1"),
+        postgresql_where=text("open = 1"),
+    ),
+    Index("alarms_by_incident", "incident"),
+)
+
+incidents = Table(
+    "incidents",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("state", String, nullable=False),  # streams.incidents.INCIDENT
+    Column("open", Integer, nullable=False),
+    Column("cause", String, nullable=False),
+    Column("by", String, nullable=False),
+    Column("key", String, nullable=False),  # the zone, building, gateway or device that members share
+    Column("urgency", String, nullable=False),
+    Column("opened_at", BigInteger, nullable=False),
+    Column("last_at", BigInteger, nullable=False),  # event time of the latest member
+    Column("due_at", BigInteger),  # when the confirmation policy looks again
+    Column("confirmed_at", BigInteger),
+    Column("confirmed_by", String),
+    Column("reason", String, nullable=False, server_default=""),
+    Index("open_incidents", "cause", "key", sqlite_where=text("open = 1"), postgresql_where=text("open = 1")),
+)
+
+cases = Table(
+    "cases",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("number", String, nullable=False, unique=True),
+    Column("kind", String, nullable=False),  # case | rescue | maintenance
+    Column("incident", BigInteger, ForeignKey("incidents.id"), nullable=False),
+    Column("alarm", BigInteger, ForeignKey("alarms.id"), nullable=False),  # the one that leads
+    Column("subject", String, nullable=False),
+    Column("category", String, nullable=False),
+    Column("edition", String, nullable=False),
+    Column("code", String, nullable=False),
+    Column("title_zh", String, nullable=False),
+    Column("title_en", String, nullable=False),
+    Column("urgency", String, nullable=False),
+    Column("lon", Float, nullable=False),
+    Column("lat", Float, nullable=False),
+    Column("cell", String, nullable=False),
+    Column("grid", String, nullable=False),
+    Column("street", String, nullable=False),
+    Column("address", String, nullable=False),
+    Column("unit", String, nullable=False),
+    Column("area_owner", String, nullable=False),
+    Column("stage", String, nullable=False),  # api.cases.CASE
+    Column("owner_system", String, nullable=False),  # native | external
+    Column("external_id", String),
+    Column("observed_at", BigInteger, nullable=False),
+    Column("opened_at", BigInteger, nullable=False),
+    Column("deadline", BigInteger, nullable=False),
+    Column("rescued_at", BigInteger),  # 解困; closed_at is the other clock
+    Column("closed_at", BigInteger),
+    Column("verdict", String),  # confirmed | false_alarm | duplicate
+    Column("verdict_reason", String),
+    Column("evidence", Text, nullable=False),  # json: members with reasons
+    Index(
+        "one_case",
+        "incident",
+        unique=True,
+        sqlite_where=text("kind = 'case'"),
+        postgresql_where=text("kind = 'case'"),
+    ),
+    Index(
+        "one_rescue",
+        "alarm",
+        unique=True,
+        sqlite_where=text("kind = 'rescue'"),
+        postgresql_where=text("kind = 'rescue'"),
+    ),
+)
+
+timeline = Table(
+    "timeline",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("entity", String, nullable=False),  # alarm | incident | case
+    Column("entity_id", BigInteger, nullable=False),
+    Column("event", String, nullable=False),
+    Column("before", String, nullable=False),
+    Column("after", String, nullable=False),
+    Column("reason", String, nullable=False),  # reason code
+    Column("actor", String, nullable=False),
+    Column("details", Text, nullable=False, server_default="{}"),
+    Index("timeline_of", "entity", "entity_id"),
+)
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", String, primary_key=True),  # the webhook-id: what makes a repeat harmless
+    Column("n", Id, nullable=False, unique=True),
+    Column("case_id", BigInteger, ForeignKey("cases.id"), nullable=False),
+    Column("type", String, nullable=False),
+    Column("body", Text, nullable=False),  # the exact bytes that are signed
+    Column("urgent", Integer, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("state", String, nullable=False),  # pending | delivered | dead
+    Column("attempts", Integer, nullable=False),
+    Column("next_at", BigInteger, nullable=False),  # real time
+    Column("delivered_at", BigInteger),
+    Column("last_error", String),
+    Index("outbox_due", "state", "next_at"),
+)
+
+commands = Table(
+    "commands",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("kind", String, nullable=False),
+    Column("actor", String, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("applied_at", BigInteger, nullable=False),
+    Column("result", String, nullable=False),  # applied | refused
+    Column("message", String, nullable=False),
+    Column("reason", String, nullable=False),
+    UniqueConstraint("id"),
+)

@@ -1,0 +1,113 @@
+"""Where things stand in a data folder, and what all processes of a run agree on (`run/run.json`)."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from citybrain.clock import RunClock, system_clock
+from citybrain.errors import Damaged, NotFound
+from citybrain.storage import OS_FILES
+from citybrain.wire import crc32c
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One run: its clock, shards, and the loopback addresses of its services."""
+
+    clock: RunClock
+    shards: int = 2
+    host: str = "127.0.0.1"
+    mqtt_port: int = 1883
+    api_port: int = 8080
+    platform_port: int = 8090
+    seed: int = 7
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """The folders under `--data DIR`."""
+
+    root: Path
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def broker(self) -> Path:
+        return self.root / "broker"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.root / "quarantine"
+
+    @property
+    def blobs(self) -> Path:
+        return self.root / "blobs"
+
+    @property
+    def database(self) -> Path:
+        return self.root / "city.db"
+
+    @property
+    def secrets(self) -> Path:
+        return self.root / "secrets"
+
+    @property
+    def truth(self) -> Path:
+        return self.root / "truth.jsonl"
+
+    def log(self, shard: int) -> Path:
+        return self.root / "log" / str(shard)
+
+    def transitions(self, shard: int) -> Path:
+        return self.root / "transitions" / str(shard)
+
+    def engine(self, shard: int) -> Path:
+        return self.root / "engine" / str(shard)
+
+    def gateway(self, gateway: str) -> Path:
+        return self.root / "gateways" / gateway
+
+    def mailbox(self, process: str) -> Path:
+        return self.root / "mailbox" / process
+
+    def make(self) -> None:
+        """Create the folders that every process expects."""
+        for folder in (self.root, self.run, self.blobs, self.secrets):
+            OS_FILES.make(folder)
+
+    def write_run(self, run: Run) -> None:
+        OS_FILES.make(self.run)
+        OS_FILES.replace(self.run / "run.json", msgspec.json.encode(run))
+
+    def read_run(self) -> Run:
+        """Return what the processes of this run agreed on; where there is none, the defaults at real time."""
+        path = self.run / "run.json"
+        if not path.exists():
+            return Run(clock=system_clock())
+        return msgspec.json.decode(OS_FILES.read(path), type=Run)
+
+    def put_blob(self, content: bytes) -> str:
+        """Store content under its hash, durably; return the hash."""
+        name = blob_name(content)
+        OS_FILES.make(self.blobs)
+        if not (self.blobs / name).exists():
+            OS_FILES.replace(self.blobs / name, content)
+        return name
+
+    def get_blob(self, name: str) -> bytes:
+        """Return content by its hash; raises NotFound, or Damaged where it is not what the hash says."""
+        path = self.blobs / name
+        if not path.exists():
+            raise NotFound(f"{path}: no such content; the log names it, so the data folder is incomplete")
+        content = OS_FILES.read(path)
+        if blob_name(content) != name:
+            raise Damaged(str(path), 0, f"content has hash {blob_name(content)} (crc32c {crc32c(content):08x})")
+        return content
+
+
+def blob_name(content: bytes) -> str:
+    """Return the content's SHA-256 in hex."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,123 @@
+"""The vocabulary: frozen values that parts hand to each other.
+
+Times are Unix ms UTC; `observed_at` is the sensor's, `received_at` the platform's, and they are never mixed.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class Lane(enum.IntEnum):
+    """An uplink lane; a series belongs to exactly one. Telemetry is FIFO; event overtakes it."""
+
+    TELEMETRY = 0
+    EVENT = 1
+
+    @property
+    def topic(self) -> str:
+        return self.name.lower()
+
+
+class Reading(msgspec.Struct, frozen=True):
+    """One device's values at one time. `values` maps metric names to numbers in their canonical units."""
+
+    device: str
+    observed_at: int
+    values: dict[str, float]
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where something stands: degrees (CGCS2000), and the code of its unit grid cell."""
+
+    lon: float
+    lat: float
+    cell: str
+    address: str = ""
+
+
+class Gateway(msgspec.Struct, frozen=True):
+    """A gateway belongs to one shard, set when it is provisioned."""
+
+    id: str
+    shard: int
+    place: Place
+
+
+class Device(msgspec.Struct, frozen=True):
+    """A sensor-bearing asset. `metrics` go up the telemetry lane, `event_metrics` up the event lane."""
+
+    id: str
+    kind: str
+    gateway: str
+    place: Place
+    metrics: tuple[str, ...]
+    event_metrics: tuple[str, ...] = ()
+    zone: str = ""  # pressure zone
+    building: str = ""
+    name: str = ""
+    tags: tuple[str, ...] = ()
+
+
+class Cell(msgspec.Struct, frozen=True):
+    """A unit grid cell (万米网格单元): its 15-digit code, its responsibility grid and street."""
+
+    code: str
+    grid: str
+    street: str
+
+
+class Unit(msgspec.Struct, frozen=True):
+    """A responsible unit (责任单位). `street` is set where it works for one street only."""
+
+    code: str
+    zh: str
+    en: str
+    street: str = ""
+
+
+class Registry(msgspec.Struct, frozen=True):
+    """Everything provisioned: content-addressed, named by hash in the log's control records."""
+
+    gateways: tuple[Gateway, ...]
+    devices: tuple[Device, ...]
+    cells: tuple[Cell, ...] = ()
+    units: tuple[Unit, ...] = ()
+
+
+class Edge(enum.StrEnum):
+    """What a rule instance did: its condition began to hold, or ended."""
+
+    RAISE = "raise"
+    CLEAR = "clear"
+
+
+class Evidence(msgspec.Struct, frozen=True):
+    """Why a transition happened, in numbers: what was measured against which limit, since when, how often."""
+
+    metric: str
+    value: float | None
+    limit: float | None
+    since_ms: int
+    count: int = 1
+
+
+class Transition(msgspec.Struct, frozen=True):
+    """One step of one rule instance, as the engine writes it.
+
+    `source` is the offset of the log record that caused it and `index` its place among that record's transitions:
+    (shard, source, index) names it for ever. `at_ms` is event time.
+    """
+
+    shard: int
+    source: int
+    index: int
+    rule: str
+    subject: str
+    edge: Edge
+    at_ms: int
+    received_at: int
+    evidence: Evidence
+    ruleset: str  # hash of the rule set that decided

@@ -1,0 +1,54 @@
+"""The metrics this product knows: a name carries its unit, a quantity its physical range.
+
+A value outside `low..high` cannot come from a working sensor: ingest counts it as `out_of_range`. Ranges are
+engineering choices (docs/domain.md names their sources), wide enough that no fault we detect leaves them.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from citybrain.errors import NotFound
+
+
+class Metric(msgspec.Struct, frozen=True):
+    """One measured quantity. `name` ends in its canonical unit; `low` and `high` are in that unit."""
+
+    name: str
+    unit: str
+    low: float
+    high: float
+    zh: str
+    en: str
+
+
+_ALL = (
+    Metric("pressure_mpa", "MPa", -0.1, 2.5, "水压", "pressure"),
+    Metric("flow_lps", "L/s", -5.0, 200.0, "流量", "flow"),
+    Metric("tilt_deg", "°", 0.0, 180.0, "倾角", "tilt"),
+    Metric("cap_open", "0/1", 0.0, 1.0, "闷盖打开", "cap open"),
+    Metric("battery_v", "V", 0.0, 30.0, "电池电压", "battery"),
+    Metric("temperature_c", "°C", -60.0, 200.0, "温度", "temperature"),
+    Metric("vibration_rms_g", "g", 0.0, 50.0, "振动", "vibration"),
+    Metric("current_a", "A", -1000.0, 1000.0, "电流", "current"),
+    Metric("voltage_v", "V", 0.0, 1000.0, "电压", "voltage"),
+    Metric("door_closed", "0/1", 0.0, 1.0, "门关闭", "door closed"),
+    Metric("occupied", "0/1", 0.0, 1.0, "轿厢有人", "car occupied"),
+    Metric("moving", "0/1", 0.0, 1.0, "运行中", "moving"),
+    Metric("floor", "floor", -20.0, 200.0, "楼层", "floor"),
+    Metric("service_mode", "code", 0.0, 7.0, "服务模式", "service mode"),
+    # GB/T 24476-2017 style codes; a code is an occurrence: 0 says that none is active.
+    Metric("fault_code", "code", 0.0, 999.0, "故障码", "fault code"),
+    Metric("value", "1", -1e15, 1e15, "数值", "value"),
+    Metric("uptime_s", "s", 0.0, 1e10, "运行时长", "uptime"),
+    Metric("spooled", "messages", 0.0, 1e9, "待发消息", "spooled messages"),
+)
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+
+
+def metric(name: str) -> Metric:
+    """Return the metric called `name`; raises NotFound, naming near misses."""
+    try:
+        return METRICS[name]
+    except KeyError:
+        raise NotFound(f"metric {name!r}: not one of {', '.join(sorted(METRICS))}") from None
