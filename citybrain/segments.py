@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from citybrain.errors import Damaged, StorageError
+from citybrain.errors import Damaged, DiskFull, StorageError
 from citybrain.storage import OS_FILES, Files, Handle
 from citybrain.wire import crc32c
 
@@ -165,10 +165,10 @@ class Writer:
         return beyond
 
     def _open(self, first: int) -> None:
-        if self._handle is not None:
-            self._handle.close()
-        self._handle = self._files.append(self.folder / segment_name(first))
+        before, self._handle = self._handle, self._files.append(self.folder / segment_name(first))
         self._size = 0
+        if before is not None:
+            before.close()
 
     def append(self, kind: int, received_at: int, payload: bytes) -> int:
         """Buffer a record and return its offset; it is lost unless `commit` returns. Raises StorageError: too large."""
@@ -191,22 +191,29 @@ class Writer:
             return self.committed
         data = b"".join(self._buffer)
         self._buffer.clear()
-        if self._size and self._size + len(data) > self._segment_bytes:
-            self._open(self.committed)
         try:
+            if self._size and self._size + len(data) > self._segment_bytes:
+                self._open(self.committed)
             self._handle.write(data)
-        except StorageError:
+        except DiskFull:
             self.next_offset = self.committed
             raise
-        try:
-            self._handle.sync()
         except StorageError:
             self._broken = True
             raise
+        self._sync()
         self._size += len(data)
         self.committed = self.next_offset
         self._files.mark(self.folder / "committed", self.committed)
         return self.committed
+
+    def _sync(self) -> None:
+        try:
+            if self._handle is not None:
+                self._handle.sync()
+        except StorageError:  # DiskFull too: the pages may be gone
+            self._broken = True
+            raise
 
     @property
     def first_offset(self) -> int:

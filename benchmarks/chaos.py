@@ -1,0 +1,240 @@
+"""Kill processes of a running system at random, then check that nothing was lost, repeated, doubled or forgotten.
+
+    python -m benchmarks.chaos --seed 5 --kills 20 --json
+
+The real `citybrain run --simulate` at `--speed` times real time; every few seconds one of broker, ingest, worker, desk,
+api, simulate (all gateways) gets SIGKILL and the supervisor starts it again. Afterwards, with everything drained:
+
+lost       messages that a spool committed and the log does not hold
+repeated   messages that the log holds more than once
+doubled    causes with more than one case, subjects with more than one rescue, cases the grid platform took twice
+forgotten  causes that were due a case, rescue or maintenance order and have none, and cases that never reached the platform
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from sqlalchemy import select
+
+from citybrain.clock import iso
+from citybrain.counters import read_heartbeats
+from citybrain.db.schema import alarms, cases, outbox
+from citybrain.db.store import open_store
+from citybrain.layout import Layout
+from citybrain.model import Lane
+from citybrain.segments import SUFFIX, Reader
+from streams.log import Kind, frame_head
+
+VICTIMS = ("broker", "ingest", "worker", "desk", "api", "simulate")
+SETTLE_MS = 5 * 60_000  # platform time a cause gets to become a case
+Key = tuple[int, int, int]  # gateway index, lane, epoch
+
+
+def logged(layout: Layout, shards: int) -> Counter[tuple[Key, int]]:
+    """Return how often each (gateway, lane, epoch, seq) stands in the log."""
+    found: Counter[tuple[Key, int]] = Counter()
+    for shard in range(shards):
+        for record in Reader(layout.log(shard)):
+            if record.kind == Kind.FRAME:
+                head = frame_head(record.payload)
+                found[(head.gateway, int(head.lane), head.epoch), head.seq] += 1
+    return found
+
+
+def produced(layout: Layout) -> dict[tuple[str, int], int]:
+    """Return the highest seq that each spool committed, by (gateway, lane): the tail of its last segment."""
+    result: dict[tuple[str, int], int] = {}
+    for folder in sorted((layout.root / "gateways").iterdir()):
+        for lane in Lane:
+            names = sorted(path for path in (folder / lane.topic).glob(f"*{SUFFIX}"))
+            if names:
+                last = int(names[-1].name[: -len(SUFFIX)])
+                records = Reader(folder / lane.topic, last).read(1 << 30)
+                result[folder.name, int(lane)] = records[-1].offset if records else last - 1
+    return result
+
+
+def acknowledged_epochs(found: Counter[tuple[Key, int]]) -> dict[tuple[int, int], dict[int, set[int]]]:
+    """Return the logged seqs by (gateway, lane) and epoch."""
+    seqs: dict[tuple[int, int], dict[int, set[int]]] = {}
+    for (gateway, lane, epoch), seq in found:
+        seqs.setdefault((gateway, lane), {}).setdefault(epoch, set()).add(seq)
+    return seqs
+
+
+def count_lost(layout: Layout, found: Counter[tuple[Key, int]]) -> tuple[int, int]:
+    """Return (messages produced, messages not in the log)."""
+    seqs = acknowledged_epochs(found)
+    gateways = sorted({name for name, _ in produced(layout)})
+    total = missing = 0
+    for (name, lane), highest in produced(layout).items():
+        taken = set().union(*seqs.get((gateways.index(name), lane), {}).values())
+        total += highest
+        missing += len(set(range(1, highest + 1)) - taken)
+    return total, missing
+
+
+def read_truth(layout: Layout) -> list[dict[str, Any]]:
+    """Return the planted causes."""
+    return [json.loads(line) for line in layout.truth.read_text().splitlines() if line.strip()]
+
+
+def judge(layout: Layout, now_ms: int) -> dict[str, int]:
+    """Compare cases with the causes that had time to become one."""
+    with open_store(layout.database, readonly=True).connect() as db:
+        rows = [dict(row) for row in db.execute(select(cases)).mappings()]
+        members = [dict(row) for row in db.execute(select(alarms.c.incident, alarms.c.subject)).mappings()]
+        undelivered = len(db.execute(select(outbox.c.id).where(outbox.c.state != "delivered")).all())
+    subjects: dict[int, set[str]] = {}
+    for member in members:
+        subjects.setdefault(member["incident"], set()).add(member["subject"])
+    causes = doubled = forgotten = 0
+    for cause in read_truth(layout):
+        due = cause["due"]
+        if cause["start_ms"] + SETTLE_MS > now_ms or not (due["case"] or due["rescues"] or due["maintenance"]):
+            continue
+        causes += 1
+        mine = [
+            row
+            for row in rows
+            if cause["start_ms"] - 120_000 <= row["observed_at"] <= cause["end_ms"] + 1_800_000
+            and (row["subject"] in cause["subjects"] or subjects[row["incident"]] & set(cause["subjects"]))
+        ]
+        kinds = Counter(row["kind"] for row in mine)
+        rescues = Counter(row["subject"] for row in mine if row["kind"] == "rescue")
+        for kind in ("case", "maintenance"):
+            doubled += max(0, kinds[kind] - 1) if due[kind] else 0
+            forgotten += 1 if due[kind] and not kinds[kind] else 0
+        doubled += sum(count - 1 for count in rescues.values())
+        forgotten += sum(1 for subject in due["rescues"] if not rescues[subject])
+    return {"causes": causes, "cases": len(rows), "doubled": doubled, "forgotten": forgotten + undelivered}
+
+
+def platform_doubles(port: int) -> int:
+    """Return how many of our cases the grid platform holds more than once."""
+    import urllib.request
+
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/cases", timeout=10) as answer:
+        held = json.loads(answer.read())
+    return sum(max(0, int(case["accepted"]) - 1) for case in held["cases"])
+
+
+class System:
+    """The running system under test."""
+
+    def __init__(self, root: Path, speed: float, seed: int) -> None:
+        self.layout = Layout(root)
+        self.arguments = ["run", "--simulate", "--data", str(root), "--speed", str(speed), "--seed", str(seed)]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "citybrain", *self.arguments], stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        self.wait_for(lambda: self.status() is not None, 120, "live")
+
+    def status(self) -> dict[str, Any] | None:
+        done = subprocess.run(
+            [sys.executable, "-m", "citybrain", "status", "--json", "--data", str(self.layout.root)],
+            capture_output=True,
+            check=False,
+        )
+        return json.loads(done.stdout) if done.returncode == 0 else None
+
+    def wait_for(self, condition: Any, limit_s: float, what: str) -> float:
+        """Wait until the condition holds; return how long it took, or fail."""
+        start = time.monotonic()
+        while not condition():
+            if time.monotonic() - start > limit_s:
+                raise SystemExit(f"chaos: not {what} within {limit_s} s")
+            time.sleep(0.05)
+        return time.monotonic() - start
+
+    def pid_of(self, name: str) -> int:
+        children = msgspec.json.decode((self.layout.run / "children.json").read_bytes())
+        return int(children.get(name) or 0)
+
+    def beats(self, name: str, not_pid: int) -> bool:
+        """Whether `name` runs again with another process id, and has said so."""
+        if name == "broker":
+            return self.pid_of("broker") not in (0, not_pid)
+        return any(
+            beat.process == name and beat.pid != not_pid and beat.live(time.time_ns() // 1_000_000)
+            for beat in read_heartbeats(self.layout.run)
+        )
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGINT)
+            self.process.wait(30)
+
+
+def run(root: Path, kills: int, seed: int, speed: float, pause_s: float) -> dict[str, Any]:
+    """Run the system, kill, drain, judge."""
+    rng = random.Random(seed)
+    system = System(root, speed, seed)
+    system.start()
+    recovery: list[float] = []
+    victims: Counter[str] = Counter()
+    try:
+        for number in range(kills):
+            time.sleep(rng.uniform(0.3, 1.7) * pause_s)
+            name = VICTIMS[number % len(VICTIMS)] if number < len(VICTIMS) else rng.choice(VICTIMS)
+            pid = system.pid_of(name)
+            os.kill(pid, signal.SIGKILL)
+            victims[name] += 1
+            recovery.append(system.wait_for(lambda name=name, pid=pid: system.beats(name, pid), 60, f"{name} back"))  # type: ignore[misc]
+        clock = system.layout.read_run().clock
+        now_ms = clock.now_ms()
+        time.sleep(SETTLE_MS / 1000 / speed)
+        system.wait_for(lambda: (system.status() or {}).get("undelivered", 1) == 0, 120, "all delivered")
+        doubles = platform_doubles(system.layout.read_run().platform_port)
+    finally:
+        system.stop()
+    found = logged(system.layout, system.layout.read_run().shards)
+    total, lost = count_lost(system.layout, found)
+    judged = judge(system.layout, now_ms)
+    judged["doubled"] += doubles
+    return {
+        "kills": kills,
+        "produced": total,
+        "logged": len(found),
+        "lost": lost,
+        "repeated": sum(found.values()) - len(found),
+        **judged,
+        "recovery_s_max": round(max(recovery, default=0.0), 2),
+        "victims": dict(victims),
+        "until": iso(now_ms),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--speed", type=float, default=5.0)
+    parser.add_argument("--pause-s", type=float, default=4.0, help="mean pause between kills")
+    parser.add_argument("--data", type=Path, help="keep the data here (default: a folder that is removed)")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        result = run(options.data or Path(folder), options.kills, options.seed, options.speed, options.pause_s)
+    print(json.dumps(result) if options.json else "\n".join(f"{k:16} {v}" for k, v in result.items()))
+    return 0 if not any(result[key] for key in ("lost", "repeated", "doubled", "forgotten")) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
