@@ -8,7 +8,7 @@ api, simulate (all gateways) gets SIGKILL and the supervisor starts it again. Af
 lost       messages that a spool committed and the log does not hold
 repeated   messages that the log holds more than once
 doubled    causes with more than one case, subjects with more than one rescue, cases the grid platform took twice
-forgotten  causes that were due a case, rescue or maintenance order and have none, and cases that never reached the platform
+forgotten  causes that were due a case, rescue or maintenance order and have none; cases the platform never got
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from sqlalchemy import select
 
 from citybrain.clock import iso
@@ -125,8 +125,6 @@ def judge(layout: Layout, now_ms: int) -> dict[str, int]:
 
 def platform_doubles(port: int) -> int:
     """Return how many of our cases the grid platform holds more than once."""
-    import urllib.request
-
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/cases", timeout=10) as answer:
         held = json.loads(answer.read())
     return sum(max(0, int(case["accepted"]) - 1) for case in held["cases"])
@@ -164,8 +162,9 @@ class System:
         return time.monotonic() - start
 
     def pid_of(self, name: str) -> int:
-        children = msgspec.json.decode((self.layout.run / "children.json").read_bytes())
-        return int(children.get(name) or 0)
+        """Return the process id of a part now, as the supervisor tells it; 0 while it is down."""
+        beats = [beat for beat in read_heartbeats(self.layout.run) if beat.process == "run"]
+        return int(beats[0].details.get("children", {}).get(name, 0)) if beats else 0
 
     def beats(self, name: str, not_pid: int) -> bool:
         """Whether `name` runs again with another process id, and has said so."""
@@ -196,7 +195,7 @@ def run(root: Path, kills: int, seed: int, speed: float, pause_s: float) -> dict
             pid = system.pid_of(name)
             os.kill(pid, signal.SIGKILL)
             victims[name] += 1
-            recovery.append(system.wait_for(lambda name=name, pid=pid: system.beats(name, pid), 60, f"{name} back"))  # type: ignore[misc]
+            recovery.append(system.wait_for(lambda name=name, pid=pid: system.beats(name, pid), 60, f"{name} back"))
         clock = system.layout.read_run().clock
         now_ms = clock.now_ms()
         time.sleep(SETTLE_MS / 1000 / speed)

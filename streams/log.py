@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from citybrain.errors import Damaged
-from citybrain.model import Lane
+from citybrain.model import Lane, Transition
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -82,7 +82,8 @@ class Control(msgspec.Struct, frozen=True):
     """A change of what the engine runs with; `content` is the hash of a blob.
 
     what: `registry` | `ruleset` (content), `override` (subject, rule or "*", from_ms, until_ms), `cursors` (content:
-    what ingest expects next, so that recovery reads one segment).
+    what ingest expects next, so that recovery reads one segment), `fault` (subject, rule, epoch: what ingest itself
+    noticed about a gateway).
     """
 
     what: str
@@ -94,6 +95,7 @@ class Control(msgspec.Struct, frozen=True):
     from_ms: int = 0
     until_ms: int = 0
     reason: str = ""
+    epoch: int = 0
 
 
 _tick = msgspec.json.Decoder(Tick)
@@ -106,3 +108,16 @@ def decode_tick(payload: bytes) -> Tick:
 
 def decode_control(payload: bytes) -> Control:
     return _control.decode(payload)
+
+
+_transition = msgspec.json.Decoder(Transition)
+
+
+def encode_transition(transition: Transition) -> bytes:
+    """Return the payload of a `Kind.TRANSITION` record: one transition as JSON."""
+    return msgspec.json.encode(transition)
+
+
+def decode_transition(payload: bytes) -> Transition:
+    """Return the transition of a record; raises msgspec.DecodeError."""
+    return _transition.decode(payload)

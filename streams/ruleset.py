@@ -1,15 +1,22 @@
-"""Rules and rule sets: the types, and how a rule set is compiled to arrays.
+"""Rules and rule sets: the types, and what makes a rule valid.
 
-Files and versions of rules are `rules/`'s; what a rule *means* is fixed here. docs/rules.md shows them.
+`streams.plan` compiles them. Files and versions of rules are `rules/`'s; what a rule *means* is fixed here.
+docs/rules.md shows them.
 """
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import msgspec
 
-from citybrain.config import Duration
+from citybrain.config import Duration, Lines, convert
+from citybrain.errors import ConfigError
+from citybrain.units import METRICS
+from streams.kinds import KINDS, Kind
 
 Urgency = Literal["life", "urgent", "normal", "watch"]
 Scope = Literal["device", "zone", "building", "gateway"]
@@ -49,7 +56,7 @@ class Confirm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     policy: Literal["at_once", "after", "members", "operator", "never"]
-    hold: Duration = Duration(0)
+    hold: Duration = msgspec.field(default_factory=Duration)
     members: int = 1
 
 
@@ -69,15 +76,19 @@ class CaseTemplate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     widened: Widened | None = None
 
 
-class Unless(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The rule does not begin to hold while the last value of the same device's `metric` is >= `at_least`."""
+class Guard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The last value of the same device's `metric` against `at_least`: it can keep a rule from beginning to hold.
+
+    Under `unless` the rule does not begin while the value is >= `at_least`, and an unknown value stops nothing; under
+    `only_while` it begins only while the value is >= `at_least`, and an unknown value is not enough.
+    """
 
     metric: str
     at_least: float
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One rule. `when` holds `kind` and its parameters; `unless` silences it while another metric is in a range.
+    """One rule. `when` holds `kind` and its parameters; the guards `unless` and `only_while` keep it from beginning.
 
     `source` says where its numbers come from; `owner` who answers for it.
     """
@@ -92,7 +103,8 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     case: CaseTemplate
     source: str
     owner: str
-    unless: Unless | None = None
+    unless: Guard | None = None
+    only_while: Guard | None = None
 
 
 class RuleSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,4 +115,82 @@ class RuleSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def encode_ruleset(ruleset: RuleSet) -> bytes:
     """Return the rule set's canonical bytes; their SHA-256 is its name."""
-    return msgspec.json.encode(ruleset, order="deterministic")
+    return msgspec.json.encode(ruleset, enc_hook=int, order="deterministic")  # a Duration is its milliseconds
+
+
+def decode_ruleset(content: bytes) -> RuleSet:
+    """Return a rule set from its canonical bytes; raises ConfigError."""
+    try:
+        return msgspec.json.decode(content, type=RuleSet, dec_hook=_duration)
+    except msgspec.DecodeError as error:
+        raise ConfigError("rule set", str(error)) from None
+
+
+def _duration(kind: type, value: Any) -> Any:
+    if kind is Duration and isinstance(value, int):
+        return Duration(value)
+    raise NotImplementedError(kind)
+
+
+def kind_of(rule: Rule, lines: Lines | None = None, path: str = "") -> tuple[Kind, Any]:
+    """Return a rule's kind and its parameters; raises ConfigError naming the field."""
+    lines = lines or Lines(f"rule {rule.id}", None)
+    when = f"{path}.when" if path else "when"
+    name = rule.when.get("kind")
+    if not isinstance(name, str) or name not in KINDS:
+        what = "missing" if name is None else f"{name!r}{nearest(str(name), KINDS)}"
+        raise ConfigError(lines.where(f"{when}.kind"), f"expected one of {', '.join(sorted(KINDS))}, got {what}")
+    return KINDS[name], convert(rule.when, KINDS[name].Parameters, lines, when)
+
+
+def nearest(name: str, known: Any) -> str:
+    """Return `; did you mean 'x'?` where a known name is close, else nothing."""
+    close = difflib.get_close_matches(name, sorted(known), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def problems(rule: Rule, lines: Lines | None = None, path: str = "") -> list[ConfigError]:
+    """Return everything that is wrong with one rule, each with its place in the file where `lines` knows it."""
+    lines = lines or Lines(f"rule {rule.id}", None)
+    before = f"{path}." if path else ""
+    try:
+        kind, parameters = kind_of(rule, lines, path)
+    except ConfigError as error:
+        return [error, *_errors(_rule_problems(rule), lines, before)]
+    found = [(f"when.{field}".rstrip("."), what) for field, what in kind.problems(parameters)]
+    if kind.JUDGES:
+        found += _metric_problems("when.metric", kind.metric(parameters))
+    elif rule.unless or rule.only_while:
+        field = "unless" if rule.unless else "only_while"
+        found.append((field, f"kind {rule.when['kind']} takes no guard: expected it only on rules that judge values"))
+    if getattr(parameters, "clock", "") == "platform" and rule.select.kind != "gateway":
+        found.append(("when.clock", 'expected "gateway": platform time is for rules that select kind gateway'))
+    return _errors([*found, *_rule_problems(rule)], lines, before)
+
+
+def _errors(found: list[tuple[str, str]], lines: Lines, before: str) -> list[ConfigError]:
+    return [ConfigError(lines.where(before + field), what) for field, what in found]
+
+
+def _metric_problems(field: str, name: str) -> Iterator[tuple[str, str]]:
+    if name not in METRICS:
+        yield field, f"unknown metric {name!r}{nearest(name, METRICS)}"
+
+
+def _rule_problems(rule: Rule) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", rule.id):
+        found.append(("id", f"expected lower-case letters, digits and _, got {rule.id!r}"))
+    if not any(msgspec.structs.astuple(rule.select)):
+        found.append(("select", f"expected at least one of {', '.join(Selector.__struct_fields__)}"))
+    if rule.unless:
+        found += _metric_problems("unless.metric", rule.unless.metric)
+    if rule.only_while:
+        found += _metric_problems("only_while.metric", rule.only_while.metric)
+    if rule.confirm.policy == "after" and rule.confirm.hold <= 0:
+        found.append(("confirm.hold", "expected a duration longer than 0 with policy after"))
+    if rule.confirm.policy == "members" and rule.confirm.members < 2:
+        found.append(("confirm.members", f"expected 2 or more with policy members, got {rule.confirm.members}"))
+    if rule.case.widened and rule.case.widened.members < 2:
+        found.append(("case.widened.members", f"expected 2 or more, got {rule.case.widened.members}"))
+    return found

@@ -1,0 +1,40 @@
+"""Rule kinds: one file each, and one line here.
+
+A kind has `Parameters` (what `when:` may hold), `problems`, `SAMPLE`, `explain`, and its kernels: plain functions that
+`streams.kernels.compiled` hands to numba when the engine first needs them, so that whoever only explains an alarm never
+loads a compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from citybrain.model import Evidence
+from streams.kinds import absence, device_code, reported, threshold
+
+
+class Kind(Protocol):
+    """What every kind's module offers. `JUDGES`: it judges single values, and `streams.kinds.holding` does the rest."""
+
+    JUDGES: bool
+    SAMPLE: str
+
+    @property
+    def Parameters(self) -> type[Any]: ...  # noqa: N802  a struct of the module
+    @property
+    def problems(self) -> Callable[[Any], list[tuple[str, str]]]: ...
+    @property
+    def metric(self) -> Callable[[Any], str]: ...
+    @property
+    def limit(self) -> Callable[..., float | None]: ...
+    @property
+    def explain(self) -> Callable[[Any, Evidence, str], str]: ...
+
+
+KINDS: dict[str, Kind] = {
+    "absence": absence,
+    "device_code": device_code,
+    "reported": reported,
+    "threshold": threshold,
+}

@@ -1,0 +1,99 @@
+"""`citybrain rules`: check rule files, print their JSON Schema, put a rule set in force."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from citybrain.cli import Subcommand, emit
+from citybrain.config import Duration
+from citybrain.errors import EXIT_CONFIG
+from citybrain.layout import Layout
+from citybrain.mailbox import Mailbox
+from citybrain.mailbox import command as make_command
+from rules.files import LIBRARY, check_rules, load_rules
+from streams.kinds import KINDS
+from streams.ruleset import Rule, encode_ruleset
+
+DURATION_SCHEMA = {"type": "string", "pattern": r"^\d+(\.\d+)?(ms|s|min|h|d)$", "examples": ["15s", "5min"]}
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of a rule file; editors complete and check with it."""
+    kinds = [kind.Parameters for kind in KINDS.values()]
+    (rule, *parameters), components = msgspec.json.schema_components(
+        (Rule, *kinds), schema_hook=_duration_schema, ref_template="#/$defs/{name}"
+    )
+    for number, (name, kind) in enumerate(KINDS.items()):
+        # Every kind's struct is called Parameters: msgspec keeps them apart by module; readers want the kind's name.
+        old = parameters[number]["$ref"].removeprefix("#/$defs/")
+        body = components.pop(old)
+        body["title"] = name
+        body["description"] = (kind.Parameters.__doc__ or "").strip()
+        body["properties"]["kind"] = {"const": name}
+        components[name] = body
+    when = components["Rule"]["properties"]["when"]
+    when.clear()
+    when["oneOf"] = [{"$ref": f"#/$defs/{name}"} for name in KINDS]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "citybrain rules",
+        "type": "object",
+        "properties": {"rules": {"type": "array", "items": rule}},
+        "required": ["rules"],
+        "additionalProperties": False,
+        "$defs": components,
+    }
+
+
+def _duration_schema(kind: type) -> dict[str, Any]:
+    if kind is Duration:
+        return DURATION_SCHEMA
+    raise NotImplementedError(kind)
+
+
+def _validate(args: argparse.Namespace) -> int:
+    found = check_rules(args.path)
+    for error in found.errors:
+        sys.stderr.write(f"{error}\n")
+    result = {"files": found.files, "rules": len(found.rules), "errors": [str(error) for error in found.errors]}
+    emit(result if args.json else result | {"errors": len(found.errors)}, as_json=args.json)
+    return EXIT_CONFIG if found.errors else 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(schema()), indent=2) + b"\n")
+    return 0
+
+
+def _activate(args: argparse.Namespace) -> int:
+    """Store the rule set and ask ingest to put it into every shard's log; it is in force from there on."""
+    layout = Layout(args.data)
+    layout.make()
+    ruleset = load_rules(args.path)
+    name = layout.put_blob(encode_ruleset(ruleset))
+    now_ms = layout.read_run().clock.now_ms()
+    Mailbox(layout.mailbox("ingest")).put(make_command("ruleset", args.actor, now_ms, {"content": name}, args.reason))
+    emit({"ruleset": name, "rules": len(ruleset.rules)}, as_json=args.json)
+    return 0
+
+
+ACTIONS = {"validate": _validate, "schema": _schema, "activate": _activate}
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=ACTIONS, help="check files, print the schema, or put in force")
+    parser.add_argument("path", nargs="?", type=Path, default=LIBRARY, help="file or folder (default: what we ship)")
+    parser.add_argument("--actor", default="operator", help="who activates, for the audit")
+    parser.add_argument("--reason", default="", help="why, for the audit")
+
+
+def _run(args: argparse.Namespace) -> int:
+    return ACTIONS[args.action](args)
+
+
+command = Subcommand("check rule files, print their JSON Schema, put a rule set in force", _arguments, _run)

@@ -1,0 +1,393 @@
+"""The engine of one shard: log records in, transitions out. It alone decides what a rule set makes of a log.
+
+Nothing but the records moves it, so the same log gives the same transitions bit for bit, whatever the batches, and a
+snapshot goes on where it was taken. docs/rules.md says what every kind does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from citybrain.errors import ConfigError
+from citybrain.layout import Layout
+from citybrain.model import Edge, Evidence, Transition
+from citybrain.segments import Record
+from streams.batch import FOREIGN, LATE, READINGS, USED, Times, lay, open_frame, take_batch
+from streams.kinds.absence import Watched
+from streams.kinds.holding import I32
+from streams.log import F64, I64, U32, Control, FrameHead, Kind, Tick, decode_control, decode_tick
+from streams.plan import Plan, Table, add_override, compile_mutes, compile_plan, compile_rules
+from streams.registry import Index, decode_registry
+from streams.ruleset import decode_ruleset
+from streams.snapshot import Header, fill, load_snapshot, save_snapshot
+from streams.watches import Conditions, Heartbeats, Silences, Watch
+
+BATCH_BYTES = 20 * 1024 * 1024  # about a million values: bounds memory, never a result
+PLATFORM = "absence_platform"
+
+
+class Cause(NamedTuple):
+    """One row that a kernel handed back, with where it belongs among the transitions of the batch."""
+
+    record: int
+    position: int  # of the value in its frame; -1 where the record as a whole caused it
+    number: int
+    watch: Watch
+    row: np.void
+
+
+class InForce(NamedTuple):
+    """What the engine runs with, and what it remembers by it."""
+
+    index: Index | None
+    plan: Plan | None
+    watches: dict[str, Watch]
+
+
+class Engine:
+    """One shard's detection. It reads no clock: time comes from the records alone.
+
+    offset: the log offset it wants next. registry, ruleset: the names (blob hashes) in force, "" before the first.
+    counts: `values` seen, of them `used`, `late`, `foreign` (another gateway's series), `inactive` (before a registry
+    and a rule set were activated); `readings` used; `malformed` records; `transitions`.
+    """
+
+    def __init__(self, shard: int, layout: Layout) -> None:
+        self.shard = shard
+        self.layout = layout
+        self.offset = 0
+        self.registry = ""
+        self.ruleset = ""
+        self.counts: Counter[str] = Counter()
+        self.warnings: list[str] = []
+        self.index: Index | None = None
+        self.plan: Plan | None = None
+        self.times = Times.fresh(0, 0)
+        self.watches: dict[str, Watch] = {}
+        self.overrides: tuple[Control, ...] = ()
+        self.faults: Counter[tuple[str, str]] = Counter()
+        self._of_series: I32 = np.zeros(0, np.int32)
+
+    def process(self, records: Sequence[Record]) -> list[Transition]:
+        """Take log records in their order; return the transitions they cause, in theirs.
+
+        Records before `offset` were taken already and are skipped. Raises NotFound or Damaged where a control record
+        names content that is not there.
+        """
+        found: list[Transition] = []
+        waiting: list[Record] = []
+        size = 0
+        for record in records:
+            if record.offset < self.offset:
+                continue
+            self.offset = record.offset + 1
+            if record.kind == Kind.CONTROL:
+                found += self._run(waiting)
+                found += self._control(record)
+                waiting, size = [], 0
+            elif record.kind in (Kind.FRAME, Kind.TICK):
+                waiting.append(record)
+                size += len(record.payload)
+                if size > BATCH_BYTES:
+                    found += self._run(waiting)
+                    waiting, size = [], 0
+        found += self._run(waiting)
+        self.counts["transitions"] += len(found)
+        return found
+
+    # --- frames and ticks -------------------------------------------------------------------------------------------
+
+    def _run(self, records: list[Record]) -> list[Transition]:
+        if not records:
+            return []
+        frames: list[tuple[int, FrameHead, tuple[I64, F64, U32]]] = []
+        watched: list[tuple[int, int, int, int]] = []
+        of_frame: list[int] = []
+        kept: list[Record] = []
+        for record in records:
+            if record.kind == Kind.TICK:
+                tick = self._tick(record)
+                if tick is not None:
+                    watched.append((2, 0, tick.at, tick.up_since))
+                    kept.append(record)
+                continue
+            opened = open_frame(record)
+            if opened is None or (self.plan is not None and opened[0].gateway >= len(self.times.stream)):
+                self._malformed(record, "frame")
+                continue
+            watched.append((1, opened[0].gateway, record.received_at, 0))
+            of_frame.append(len(kept))
+            kept.append(record)
+            frames.append((record.received_at, *opened))
+        causes = [*self._judge(frames, of_frame), *self._watch(watched)]
+        return self._transitions(kept, causes) if causes else []
+
+    def _tick(self, record: Record) -> Tick | None:
+        try:
+            return decode_tick(record.payload)
+        except msgspec.DecodeError:
+            self._malformed(record, "tick")
+            return None
+
+    def _malformed(self, record: Record, what: str) -> None:
+        self.counts["malformed"] += 1
+        self.warnings.append(f"log {self.shard} offset {record.offset}: not a {what} record; skipped")
+
+    def _judge(self, frames: list[tuple[int, FrameHead, tuple[I64, F64, U32]]], of_frame: list[int]) -> Iterator[Cause]:
+        """Run the kinds that look at values; yield what they found."""
+        values = sum(head.values for _, head, _ in frames)
+        self.counts["values"] += values
+        if self.plan is None or self.index is None:
+            self.counts["inactive"] += values
+            return
+        if not values:
+            return
+        laid = lay(frames)
+        batch, counts = take_batch(laid, self._of_series, self.index.series_device, self.times)
+        for name, which in (("used", USED), ("late", LATE), ("foreign", FOREIGN), ("readings", READINGS)):
+            self.counts[name] += int(counts[which])
+        for watch in self.watches.values():
+            if not isinstance(watch, (Conditions, Silences)):
+                continue
+            for row in watch.run(batch):
+                frame = int(np.searchsorted(laid.start, row["position"], "right")) - 1
+                position = int(row["position"] - laid.start[frame])
+                yield Cause(of_frame[frame], position, int(watch.table.number[row["instance"]]), watch, row)
+
+    def _watch(self, watched: list[tuple[int, int, int, int]]) -> Iterator[Cause]:
+        """Run what looks at whole records: gateways that fall silent and come back."""
+        watch = self.watches.get(PLATFORM)
+        if not isinstance(watch, Heartbeats) or not watched:
+            return
+        columns = np.array(watched, np.int64).T.copy()
+        for row in watch.run(Watched(*columns)):
+            yield Cause(int(row["position"]), -1, int(watch.table.number[row["instance"]]), watch, row)
+
+    def _transitions(self, records: list[Record], causes: list[Cause]) -> list[Transition]:
+        causes.sort(key=lambda cause: cause[:3])  # stable: one instance's rows of one value keep their order
+        found = []
+        for place, group in groupby(causes, key=lambda cause: cause.record):
+            for index, cause in enumerate(group):
+                found.append(self._transition(records[place], index, cause))
+        return found
+
+    def _transition(self, record: Record, index: int, cause: Cause) -> Transition:
+        assert self.index is not None
+        assert self.plan is not None
+        table, row = cause.watch.table, cause.row
+        compiled = self.plan.rules[table.rule[row["instance"]]]
+        raised = bool(row["raised"])
+        return Transition(
+            shard=self.shard,
+            source=record.offset,
+            index=index,
+            rule=compiled.rule.id,
+            subject=self.index.devices[table.device[row["instance"]]].id,
+            edge=Edge.RAISE if raised else Edge.CLEAR,
+            at_ms=int(row["at"]),
+            received_at=record.received_at,
+            evidence=Evidence(
+                compiled.kind.metric(compiled.parameters),
+                float(row["value"]),
+                compiled.kind.limit(compiled.parameters, raised=raised),
+                int(row["since"]),
+                int(row["count"]),
+            ),
+            ruleset=self.ruleset,
+        )
+
+    # --- control records --------------------------------------------------------------------------------------------
+
+    def _control(self, record: Record) -> list[Transition]:
+        try:
+            control = decode_control(record.payload)
+        except msgspec.DecodeError:
+            self._malformed(record, "control")
+            return []
+        if control.what == "fault":
+            return self._fault(control, record)
+        if control.what == "override":
+            self.overrides = add_override(self.overrides, control)
+            self._mute()
+        elif control.what == "registry":
+            return self._activate(control.content, self.ruleset, control.at, record)
+        elif control.what == "ruleset":
+            return self._activate(self.registry, control.content, control.at, record)
+        return []
+
+    def _fault(self, control: Control, record: Record) -> list[Transition]:
+        """Turn what the platform noticed into a raise of the rule it names, where the rule set has it."""
+        rules = self.plan.rules if self.plan is not None else ()
+        if not any(it.rule.id == control.rule and it.rule.when["kind"] == "reported" for it in rules):
+            return []
+        self.faults[control.rule, control.subject] += 1
+        for override in self.overrides:
+            concerns = override.subject == control.subject and override.rule in ("*", control.rule)
+            if concerns and override.from_ms <= control.at < override.until_ms:
+                return []
+        evidence = Evidence("", None, None, control.at, self.faults[control.rule, control.subject])
+        where = (self.shard, record.offset, 0, control.rule, control.subject)
+        return [Transition(*where, Edge.RAISE, control.at, record.received_at, evidence, self.ruleset)]
+
+    def _activate(self, registry: str, ruleset: str, at_ms: int, record: Record) -> list[Transition]:
+        """Go over to another registry or rule set. One that is wrong is refused and the present one stays."""
+        if (registry, ruleset) == (self.registry, self.ruleset):
+            return []
+        try:
+            index, plan = self._compile(registry, ruleset)
+        except ConfigError as error:
+            self.counts["malformed"] += 1
+            self.warnings.append(f"log {self.shard} offset {record.offset}: not activated: {error}")
+            return []
+        before = InForce(self.index, self.plan, self.watches)
+        self.registry, self.ruleset = registry, ruleset
+        self._install(index, plan, record.received_at)
+        gone = carry_over(before, InForce(index, plan, self.watches))
+        self._settle()
+        return self._gone(gone, at_ms, record)
+
+    def _compile(self, registry: str, ruleset: str) -> tuple[Index | None, Plan | None]:
+        if not registry:
+            if ruleset:
+                compile_rules(decode_ruleset(self.layout.get_blob(ruleset)))
+            return None, None
+        index = self.index if registry == self.registry else None
+        index = index or Index(decode_registry(self.layout.get_blob(registry)), registry)
+        if not ruleset:
+            return index, None
+        return index, compile_plan(decode_ruleset(self.layout.get_blob(ruleset)), index, self.shard)
+
+    def _install(self, index: Index | None, plan: Plan | None, known_ms: int) -> None:
+        """Put index and plan in force with fresh state; the times of series and gateways go on."""
+        before = self.index
+        self.index, self.plan, self.watches = index, plan, {}
+        if index is None:
+            return
+        self._of_series = index.device_gateway[index.series_device]
+        self.times = carry_times(self.times, before, index)
+        for name, table in plan.tables.items() if plan is not None else ():
+            if name == PLATFORM:
+                self.watches[name] = Heartbeats(table, known_ms)
+            elif table.kind.JUDGES:
+                self.watches[name] = Conditions(table, self._of_series)
+            else:
+                self.watches[name] = Silences(table, self._of_series, index.device_gateway[table.device], self.times)
+        self._settle()
+
+    def _settle(self) -> None:
+        for watch in self.watches.values():
+            if isinstance(watch, Conditions):
+                watch.know(self.times)
+        self._mute()
+
+    def _mute(self) -> None:
+        if self.plan is not None and self.index is not None:
+            for watch in self.watches.values():
+                watch.mutes = compile_mutes(self.overrides, watch.table, self.plan, self.index)
+
+    def _gone(self, gone: list[tuple[int, str, str]], at_ms: int, record: Record) -> list[Transition]:
+        """Clear what was raised and no longer exists: its rule or its device was taken out."""
+        found = []
+        for number, (_, rule, subject) in enumerate(sorted(gone)):
+            evidence = Evidence("", None, None, at_ms)
+            where = (self.shard, record.offset, number, rule, subject)
+            found.append(Transition(*where, Edge.CLEAR, at_ms, record.received_at, evidence, self.ruleset))
+        return found
+
+    # --- snapshots --------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> bytes:
+        """Return everything the engine remembers: a zip of header.json and npy arrays."""
+        header = Header(
+            shard=self.shard,
+            offset=self.offset,
+            registry=self.registry,
+            ruleset=self.ruleset,
+            overrides=self.overrides,
+            faults=[(*key, n) for key, n in sorted(self.faults.items())],
+            counts=dict(self.counts),
+        )
+        arrays = dict(self.times._asdict())
+        for name, watch in self.watches.items():
+            arrays |= {f"{name}.{part}": array for part, array in watch.arrays.items()}
+        return save_snapshot(header, arrays)
+
+    def restore(self, content: bytes) -> None:
+        """Go on from a snapshot; raises StorageError where it is damaged, another version's or another shard's."""
+        header, arrays = load_snapshot(content, self.shard)
+        index, plan = self._compile(header.registry, header.ruleset)
+        self.registry, self.ruleset, self.offset = header.registry, header.ruleset, header.offset
+        self.overrides = header.overrides
+        self.faults = Counter({(rule, subject): n for rule, subject, n in header.faults})
+        self.counts = Counter(header.counts)
+        self.index, self.times = None, Times.fresh(0, 0)
+        self._install(index, plan, 0)
+        for name, array in self.times._asdict().items():
+            fill(array, arrays, name)
+        for name, watch in self.watches.items():
+            for part, array in watch.arrays.items():
+                fill(array, arrays, f"{name}.{part}")
+
+
+def carry_times(times: Times, before: Index | None, index: Index) -> Times:
+    """Return the times of gateways and series under another registry; by gateway id, by (device, metric)."""
+    fresh = Times.fresh(len(index.gateways), index.n_series)
+    if before is None or not before.devices:
+        return fresh
+    for g, gateway in enumerate(index.gateways):
+        old = before.gateway_index.get(gateway.id)
+        if old is not None:
+            fresh.stream[g], fresh.live[g] = times.stream[old], times.live[old]
+    device = np.array([before.device_index.get(d.id, -1) for d in index.devices], np.int64)[index.series_device]
+    old_series = np.where(device >= 0, before.series_of[device, index.series_metric], -1)
+    known = old_series >= 0
+    fresh.last_t[known], fresh.last_v[known] = times.last_t[old_series[known]], times.last_v[old_series[known]]
+    return fresh
+
+
+def carry_over(old: InForce, new: InForce) -> list[tuple[int, str, str]]:
+    """Carry state over by table, rule id and subject; return (number, rule, subject) of what was raised and is gone."""
+    gone: list[tuple[int, str, str]] = []
+    for name, watch in old.watches.items():
+        keys, rules = instance_keys(old, watch.table), rule_keys(old, watch.table)
+        raised = np.flatnonzero(watch.raised()).tolist()
+        places: dict[tuple[str, str], int] = {}
+        if name in new.watches:
+            adopting = new.watches[name]
+            new_rules = rule_keys(new, adopting.table)
+            places = {key: i for i, key in enumerate(instance_keys(new, adopting.table))}
+            pairs = [(places[key], j) for j, key in enumerate(keys) if key in places]
+            same = np.array([new_rules[i] == rules[j] for i, j in pairs], np.bool_)
+            mine, theirs = np.array(pairs, np.int64).reshape(-1, 2).T
+            adopting.adopt(mine, watch, theirs, same)
+        gone += [(int(watch.table.number[j]), *keys[j]) for j in raised if keys[j] not in places]
+    return gone
+
+
+def instance_keys(held: InForce, table: Table) -> list[tuple[str, str]]:
+    """Return (rule id, subject) of every instance."""
+    assert held.plan is not None
+    assert held.index is not None
+    rules, devices = held.plan.rules, held.index.devices
+    return [(rules[r].rule.id, devices[d].id) for r, d in zip(table.rule, table.device, strict=True)]
+
+
+def rule_keys(held: InForce, table: Table) -> list[bytes]:
+    """Return, by instance, what must be equal to carry its state over."""
+    assert held.plan is not None
+    return [held.plan.rules[r].key for r in table.rule]
+
+
+def latest_from_snapshot(content: bytes) -> tuple[str, int, I64, F64]:
+    """Return (registry name, next log offset, last time, last value) of a snapshot, the arrays by series number.
+
+    A series that never had a value has time -2**63 and value NaN.
+    """
+    header, arrays = load_snapshot(content)
+    return header.registry, header.offset, arrays["last_t"], arrays["last_v"]

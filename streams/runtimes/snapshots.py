@@ -1,0 +1,44 @@
+"""Snapshots of one shard's engine on disk: written whole or not at all, the last two kept, a bad one set aside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from citybrain.errors import CityBrainError
+from citybrain.layout import Layout
+from citybrain.storage import OS_FILES
+from streams.engine import Engine
+
+SUFFIX = ".snapshot"
+KEPT = 2
+
+
+def snapshot_paths(folder: Path) -> list[Path]:
+    """Return the folder's snapshots, oldest first."""
+    return [folder / name for name in OS_FILES.names(folder) if name.endswith(SUFFIX) and name[0] != "."]
+
+
+def write_snapshot(engine: Engine, folder: Path) -> Path:
+    """Write a snapshot, named by the log offset that comes next, and remove all but the last two; raises StorageError."""
+    path = folder / f"{engine.offset:020d}{SUFFIX}"
+    OS_FILES.make(folder)
+    OS_FILES.replace(path, engine.snapshot())
+    for old in snapshot_paths(folder)[:-KEPT]:
+        OS_FILES.remove(old)
+    return path
+
+
+def restored_engine(shard: int, layout: Layout) -> tuple[Engine, list[str]]:
+    """Return an engine that goes on from the newest good snapshot, or from the beginning; and what was wrong."""
+    warnings: list[str] = []
+    for path in reversed(snapshot_paths(layout.engine(shard))):
+        engine = Engine(shard, layout)
+        try:
+            engine.restore(OS_FILES.read(path))
+        except CityBrainError as error:
+            aside = path.with_suffix(".bad")
+            OS_FILES.rename(path, aside)
+            warnings.append(f"{path}: {error}; kept as {aside.name}, going on from an older one or from the log")
+            continue
+        return engine, warnings
+    return Engine(shard, layout), warnings

@@ -1,0 +1,217 @@
+"""`citybrain worker`: the process between the log and the transition log; one engine a shard.
+
+A transition is known by (shard, source offset, index): after a crash the worker computes again from its last snapshot
+and leaves out what the transition log already holds. Nothing is written twice, nothing is forgotten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from types import FrameType
+
+import msgspec
+
+from citybrain.cli import Subcommand
+from citybrain.clock import Clock, monotonic_s, wait_s
+from citybrain.counters import Counters
+from citybrain.errors import DiskFull
+from citybrain.layout import Layout
+from citybrain.model import Transition
+from citybrain.segments import Reader, Record, Writer, segments
+from citybrain.storage import OS_FILES, Files
+from streams.log import Kind
+from streams.runtimes.ingest import parse_shards
+from streams.runtimes.snapshots import restored_engine, write_snapshot
+from streams.warm import warm_engine
+
+READ_BYTES = 8 * 1024 * 1024
+SNAPSHOT_S = 30.0
+SNAPSHOT_RECORDS = 50_000
+IDLE_S = 0.02
+FULL_S = 0.5  # how long to wait for room on a full disk
+# What the engine counts, and what the heartbeat calls it.
+TOTALS = {"received_total": "values", "used_total": "used", "readings_total": "readings", "sent_total": "transitions"}
+DROPPED = ("late", "inactive", "foreign", "malformed")
+
+
+def last_written(layout: Layout, shard: int, files: Files = OS_FILES) -> tuple[int, int]:
+    """Return (source, index) of the last transition in the transition log, (-1, -1) where there is none."""
+    folder = layout.transitions(shard)
+    for first in reversed(segments(files, folder)):
+        last = None
+        for last in Reader(folder, first, files):  # noqa: B007  the last one is wanted
+            pass
+        if last is not None:
+            transition = msgspec.json.decode(last.payload, type=Transition)
+            return transition.source, transition.index
+    return -1, -1
+
+
+class ShardWorker:
+    """One shard: reads its log, runs its engine, writes its transitions and snapshots."""
+
+    def __init__(
+        self, shard: int, layout: Layout, counters: Counters, snapshot_s: float, files: Files = OS_FILES
+    ) -> None:
+        self.shard = shard
+        self.layout = layout
+        self._files = files
+        self._period_s = snapshot_s
+        self.counters = counters
+        self.engine, self._warnings = restored_engine(shard, layout)
+        self.received_at: int | None = None  # of the last record taken; None once nothing waits in the log
+        self._writer = Writer(layout.transitions(shard), files)
+        self._reader = Reader(layout.log(shard), self.engine.offset, files)
+        self._written = (-1, -1)
+        self._waiting: list[Transition] = []
+        self._snapshot_offset = self.engine.offset
+        self._snapshot_s = 0.0
+
+    def start(self) -> None:
+        """Recover the transition log; what it holds is not written again."""
+        self._writer.start()
+        self._written = last_written(self.layout, self.shard, self._files)
+        self._snapshot_s = monotonic_s()
+        for text in (*self._warnings, *self._writer.warnings):
+            self.counters.warn(text)
+
+    def step(self) -> bool:
+        """Take the records that are there, make their transitions durable; return whether there were any."""
+        if self._waiting and not self._write():
+            return False
+        records = self._reader.read(READ_BYTES)
+        if not records:
+            self.received_at = None
+            self._snapshot_if_due()
+            return False
+        self._check_gap(records)
+        found = self.engine.process(records)
+        self._waiting = [item for item in found if (item.source, item.index) > self._written]
+        self.received_at = records[-1].received_at
+        self._tell()
+        if self._write():
+            self._snapshot_if_due()
+        return True
+
+    def stop(self) -> None:
+        """Write a last snapshot, unless transitions still wait for room on the disk."""
+        if not self._waiting and self.engine.offset != self._snapshot_offset:
+            self._snapshot()
+        self._writer.close()
+
+    def _write(self) -> bool:
+        """Append what waits and sync; return False on a full disk, where it goes on waiting."""
+        try:
+            for item in self._waiting:
+                self._writer.append(Kind.TRANSITION, item.received_at, msgspec.json.encode(item))
+            self._writer.commit()
+        except DiskFull as error:
+            self.counters.add("errors_total", stage="disk_full")
+            self.counters.warn(str(error))
+            wait_s(FULL_S)
+            return False
+        if self._waiting:
+            self._written = (self._waiting[-1].source, self._waiting[-1].index)
+            self._waiting = []
+        return True
+
+    def _check_gap(self, records: Sequence[Record]) -> None:
+        """Say which offsets are missing: set aside as damaged, or beyond retention."""
+        expected = self.engine.offset
+        if records[-1].offset + 1 - expected == len(records):
+            return
+        for record in records:
+            if record.offset > expected:
+                self.counters.warn(f"log {self.shard}: offsets {expected}..{record.offset - 1} are missing")
+                self.counters.add("missing_total", record.offset - expected)
+            expected = record.offset + 1
+
+    def _tell(self) -> None:
+        for text in self.engine.warnings:
+            self.counters.warn(text)
+        self.engine.warnings.clear()
+
+    def _snapshot_if_due(self) -> None:
+        behind = self.engine.offset - self._snapshot_offset
+        if behind and (behind >= SNAPSHOT_RECORDS or monotonic_s() - self._snapshot_s >= self._period_s):
+            self._snapshot()
+
+    def _snapshot(self) -> None:
+        try:
+            write_snapshot(self.engine, self.layout.engine(self.shard))
+        except DiskFull as error:
+            self.counters.warn(str(error))  # the last one still stands; recovery only takes longer
+        self._snapshot_offset, self._snapshot_s = self.engine.offset, monotonic_s()
+
+
+class WorkerProcess:
+    """The loop over all shards of this process. `run` returns when `stop` has been called."""
+
+    def __init__(self, layout: Layout, shards: Sequence[int], clock: Clock, snapshot_s: float = SNAPSHOT_S) -> None:
+        self.counters = Counters("worker", layout.run)
+        self.shards = [ShardWorker(shard, layout, self.counters, snapshot_s) for shard in shards]
+        self._clock = clock
+        self._stopping = False
+
+    def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
+        """End the loop; also a signal handler."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Recover, then serve until stopped; raises StorageError where the disk fails."""
+        self.counters.publish(force=True)
+        warm_engine()
+        for shard in self.shards:
+            shard.start()
+        while not self._stopping:
+            busy = [shard.step() for shard in self.shards]
+            self._publish()
+            if not any(busy):
+                wait_s(IDLE_S)
+        for shard in self.shards:
+            shard.stop()
+        self._publish(force=True)
+
+    def _publish(self, *, force: bool = False) -> None:
+        """Publish what the engines counted: totals since the log began, so that a restart counts nothing twice."""
+        total: Counter[str] = Counter()
+        for shard in self.shards:
+            total.update(shard.engine.counts)
+        for name, counted in TOTALS.items():
+            self.counters.values[name] = total[counted]
+        for reason in DROPPED:
+            self.counters.values[f"dropped_total{{reason={reason}}}"] = total[reason]
+        now_ms = self._clock.now_ms()
+        lags = [now_ms - shard.received_at for shard in self.shards if shard.received_at is not None]
+        self.counters.gauges["lag_s"] = max(max(lags, default=0) / 1000, 0.0)
+        self.counters.details["shards"] = {
+            str(shard.shard): {
+                "offset": shard.engine.offset,
+                "registry": shard.engine.registry,
+                "ruleset": shard.engine.ruleset,
+            }
+            for shard in self.shards
+        }
+        self.counters.publish(force=force)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shards", metavar="LIST", help="shards to take, such as 0,1 (default: all of the run)")
+    parser.add_argument("--snapshot-s", type=float, default=SNAPSHOT_S, help="seconds between snapshots (default: 30)")
+
+
+def _run(args: argparse.Namespace) -> int:
+    layout = Layout(args.data)
+    layout.make()
+    run = layout.read_run()
+    process = WorkerProcess(layout, parse_shards(args.shards, run.shards), run.clock, args.snapshot_s)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, process.stop)
+    process.run()
+    return 0
+
+
+command = Subcommand("detect: read the log, write transitions", _arguments, _run)

@@ -1,0 +1,82 @@
+"""A snapshot of an engine: a zip with `header.json` and one npy file an array; readable without pickle.
+
+The arrays' rows are numbered by the registry and rule set that the header names, so they mean nothing without them.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from citybrain.errors import StorageError
+from streams.batch import Times
+from streams.log import Control
+
+FORMAT = 1
+
+
+class Header(msgspec.Struct, frozen=True):
+    """`offset`: the log record that comes next. `faults`: how often (rule, subject) was reported."""
+
+    shard: int
+    offset: int
+    registry: str
+    ruleset: str
+    overrides: tuple[Control, ...]
+    faults: list[tuple[str, str, int]]
+    counts: dict[str, int]
+    format: int = FORMAT
+
+
+class _Version(msgspec.Struct):
+    format: int
+    shard: int
+
+
+def save_snapshot(header: Header, arrays: dict[str, npt.NDArray[Any]]) -> bytes:
+    """Return the snapshot's bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(zipfile.ZipInfo("header.json"), msgspec.json.encode(header))
+        for name, array in arrays.items():
+            part = io.BytesIO()
+            np.save(part, array, allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), part.getvalue())
+    return buffer.getvalue()
+
+
+def load_snapshot(content: bytes, shard: int | None = None) -> tuple[Header, dict[str, npt.NDArray[Any]]]:
+    """Return header and arrays; raises StorageError where they are damaged, of another format or another shard."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            raw = archive.read("header.json")
+            version = msgspec.json.decode(raw, type=_Version)
+            if version.format != FORMAT:
+                raise StorageError(f"snapshot has format {version.format}, this program reads {FORMAT}; replay the log")
+            if shard is not None and version.shard != shard:
+                raise StorageError(f"snapshot is of shard {version.shard}, not {shard}")
+            header = msgspec.json.decode(raw, type=Header)
+            names = [name for name in archive.namelist() if name.endswith(".npy")]
+            arrays = {
+                name.removesuffix(".npy"): np.load(io.BytesIO(archive.read(name)), allow_pickle=False) for name in names
+            }
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, msgspec.DecodeError) as error:
+        raise StorageError(f"snapshot is damaged: {error}") from error
+    missing = [name for name in Times._fields if name not in arrays]
+    if missing:
+        raise StorageError(f"snapshot is damaged: no array {missing[0]}")
+    return header, arrays
+
+
+def fill(own: npt.NDArray[Any], arrays: dict[str, npt.NDArray[Any]], name: str) -> None:
+    """Put a stored array into ours; raises StorageError where it has another shape or other fields."""
+    stored = arrays.get(name)
+    if stored is None or stored.shape != own.shape or stored.dtype != own.dtype:
+        found = "none" if stored is None else f"{stored.dtype} {stored.shape}"
+        raise StorageError(f"snapshot array {name}: expected {own.dtype} {own.shape}, found {found}; replay the log")
+    own[...] = stored
