@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from citybrain.errors import ConfigError
 
 T = TypeVar("T")
 
-_DURATION = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|min|h|d)$")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|min|h|d)")
 _FACTOR = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
@@ -34,7 +35,7 @@ def duration_ms(text: str) -> int:
     >>> duration_ms("1.5min")
     90000
     """
-    match = _DURATION.match(text)
+    match = _DURATION.fullmatch(text)
     if match is None:
         raise ValueError(f'expected a duration such as "15s", "5min" or "2h", got {text!r}')
     return round(float(match[1]) * _FACTOR[match[2]])
@@ -121,16 +122,17 @@ def convert(value: Any, kind: type[T], lines: Lines, path: str = "") -> T:
 
 
 def _nearest(name: str, kind: Any) -> str:
-    names = set()
+    names: set[str] = set()
     todo, seen = [kind], set()
     while todo:
         current = todo.pop()
-        if current in seen:
+        if id(current) in seen:
             continue
-        seen.add(current)
-        for field in getattr(current, "__struct_encode_fields__", ()):
-            names.add(field)
-        todo += [hint for hint in getattr(current, "__annotations__", {}).values() if isinstance(hint, type)]
+        seen.add(id(current))
+        fields = getattr(current, "__struct_encode_fields__", ())
+        names.update(fields)
+        hints = typing.get_type_hints(current) if fields else {}
+        todo += [*hints.values(), *typing.get_args(current)]
     close = difflib.get_close_matches(name, sorted(names), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -14,7 +14,10 @@ from citybrain.wire import crc32c
 
 
 class Run(msgspec.Struct, frozen=True):
-    """One run: its clock, shards, and the loopback addresses of its services."""
+    """One run: its clock, shards, and the loopback addresses of its services.
+
+    `api_host` is where the API listens: another address than loopback only inside a container's own network.
+    """
 
     clock: RunClock
     shards: int = 2
@@ -23,6 +26,14 @@ class Run(msgspec.Struct, frozen=True):
     api_port: int = 8080
     platform_port: int = 8090
     seed: int = 7
+    api_host: str = "127.0.0.1"
+
+
+class Active(msgspec.Struct, frozen=True):
+    """What the run works with now, by content hash (`run/active.json`)."""
+
+    registry: str
+    ruleset: str
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -83,11 +94,27 @@ class Layout(msgspec.Struct, frozen=True):
         OS_FILES.replace(self.run / "run.json", msgspec.json.encode(run))
 
     def read_run(self) -> Run:
-        """Return what the processes of this run agreed on; where there is none, the defaults at real time."""
+        """Return what the processes of this run agreed on; where there is none, the defaults at real time.
+
+        Raises Damaged where the file is not what `write_run` wrote.
+        """
         path = self.run / "run.json"
         if not path.exists():
             return Run(clock=system_clock())
-        return msgspec.json.decode(OS_FILES.read(path), type=Run)
+        try:
+            return msgspec.json.decode(OS_FILES.read(path), type=Run)
+        except msgspec.DecodeError as error:
+            raise Damaged(str(path), 0, f"{error}; remove it, and `citybrain run` makes a new one") from None
+
+    def write_active(self, active: Active) -> None:
+        """Publish the registry and rule set in force; durable."""
+        OS_FILES.make(self.run)
+        OS_FILES.replace(self.run / "active.json", msgspec.json.encode(active))
+
+    def read_active(self) -> Active | None:
+        """Return the registry and rule set in force, or None where nothing has been activated yet."""
+        path = self.run / "active.json"
+        return msgspec.json.decode(OS_FILES.read(path), type=Active) if path.exists() else None
 
     def put_blob(self, content: bytes) -> str:
         """Store content under its hash, durably; return the hash."""

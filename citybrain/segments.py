@@ -116,6 +116,7 @@ class Writer:
         self.warnings: list[str] = []
         self.next_offset = 0
         self.committed = 0
+        self.segment = 0  # first offset of the segment that is written to
         self._files = files
         self._segment_bytes = segment_bytes
         self._handle: Handle | None = None
@@ -150,6 +151,7 @@ class Writer:
             self._handle.truncate(result.end)
         self._handle.sync()  # what an earlier process wrote and could not sync any more
         self._size = result.end
+        self.segment = first
         return following
 
     def _set_aside(self, first: int, path: Path, data: bytes, result: Scan) -> int:
@@ -167,6 +169,7 @@ class Writer:
     def _open(self, first: int) -> None:
         before, self._handle = self._handle, self._files.append(self.folder / segment_name(first))
         self._size = 0
+        self.segment = first
         if before is not None:
             before.close()
 
@@ -178,6 +181,11 @@ class Writer:
         self._buffer.append(pack(Record(offset, received_at, kind, payload)))
         self.next_offset += 1
         return offset
+
+    def discard(self) -> None:
+        """Forget what was appended since the last commit; its offsets are given out again."""
+        self._buffer.clear()
+        self.next_offset = self.committed
 
     def commit(self) -> int:
         """Write and sync what was appended; return the offset behind it.
@@ -206,6 +214,11 @@ class Writer:
         self.committed = self.next_offset
         self._files.mark(self.folder / "committed", self.committed)
         return self.committed
+
+    def roll(self) -> None:
+        """Go on in a new segment, so that `drop_before` can remove all that is committed; raises StorageError."""
+        if self._size:
+            self._open(self.committed)
 
     def _sync(self) -> None:
         try:

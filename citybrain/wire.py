@@ -102,6 +102,9 @@ class JsonReading(msgspec.Struct):
     m: dict[str, float]
 
 
+# What the decoder raises for bytes from outside: bad syntax or types, a string that is no UTF-8, nesting without end.
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 _json_frame = msgspec.json.Decoder(_JsonFrame)
 _json_readings = msgspec.json.Decoder(list[JsonReading])
 _inflater = zstandard.ZstdDecompressor()
@@ -198,7 +201,7 @@ def _open_columns(payload: bytes) -> Message:
 def _open_json(payload: bytes) -> Message:
     try:
         frame = _json_frame.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except NOT_JSON as error:
         raise WireError("malformed", f"JSON frame: {error}") from None
     if frame.v != VERSION:
         raise WireError("version", f"JSON frame version {frame.v}, this platform speaks {VERSION}")
@@ -221,7 +224,7 @@ def readings_of(message: Message) -> list[Reading]:
     if not message.columns:
         try:
             return [Reading(r.d, r.t, r.m) for r in _json_readings.decode(message.body)]
-        except msgspec.DecodeError as error:
+        except NOT_JSON as error:
             raise WireError("malformed", f"JSON readings: {error}") from None
     names, arrays = columns_of(message.body)
     devices, metrics = names
@@ -287,7 +290,7 @@ def decode_ack(payload: bytes) -> Ack:
     """Decode an acknowledgement; raises WireError(`malformed`)."""
     try:
         ack = _ack.decode(payload)
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise WireError("malformed", f"ack: {error}") from None
     if ack.lane not in LANES or ack.seq < 0:
         raise WireError("malformed", f"ack: lane {ack.lane!r}, seq {ack.seq}")
@@ -297,6 +300,11 @@ def decode_ack(payload: bytes) -> Ack:
 def decode_status(payload: bytes) -> Status:
     """Decode a birth or will; raises WireError(`malformed`)."""
     try:
-        return _status.decode(payload)
-    except msgspec.DecodeError as error:
+        status = _status.decode(payload)
+    except NOT_JSON as error:
         raise WireError("malformed", f"status: {error}") from None
+    if not 0 <= status.connection <= MAX_SEQ or abs(status.at) > MAX_SEQ or len(status.serial) > 128:
+        raise WireError(
+            "malformed", "status: want 0 <= connection <= 2^53, a time in ms, a serial of up to 128 characters"
+        )
+    return status

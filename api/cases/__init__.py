@@ -1,0 +1,1 @@
+"""Cases: stages, numbers, class codes, places and clocks. Pure decisions; the desk writes."""

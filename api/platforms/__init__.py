@@ -1,0 +1,1 @@
+"""Speaking with other platforms: webhooks signed after Standard Webhooks, carrying CloudEvents."""

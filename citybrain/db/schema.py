@@ -36,6 +36,8 @@ consumed = Table(
     metadata,
     Column("shard", Integer, primary_key=True, autoincrement=False),
     Column("offset", BigInteger, nullable=False),  # next offset of the shard's transition log
+    Column("source", BigInteger, nullable=False, server_default="-1"),  # (source, index) of the last transition:
+    Column("index", BigInteger, nullable=False, server_default="-1"),  # a repeat under another offset is known by it
     comment="how far the desk is; written in the same transaction as what it did",
 )
 
@@ -44,7 +46,7 @@ journal = Table(
     metadata,
     Column("n", Id, primary_key=True),
     Column("at", BigInteger, nullable=False),  # the `now` of this input's decisions
-    Column("source", String, nullable=False),  # transition | command | timer | delivery
+    Column("source", String, nullable=False),  # registry | transition | command | timer | delivery
     Column("shard", Integer),
     Column("offset", BigInteger),  # of a transition
     Column("body", Text),  # json, of the others
@@ -66,6 +68,7 @@ alarms = Table(
     Column("opened_at", BigInteger, nullable=False),
     Column("last_at", BigInteger, nullable=False),
     Column("cleared_at", BigInteger),
+    Column("due_at", BigInteger),  # when a cleared alarm is let go
     Column("acknowledged_at", BigInteger),
     Column("acknowledged_by", String),
     Column("count", Integer, nullable=False),
@@ -83,6 +86,8 @@ alarms = Table(
         postgresql_where=text("open = 1"),
     ),
     Index("alarms_by_incident", "incident"),
+    Index("alarms_by_subject", "subject"),
+    Index("alarms_due", "due_at", sqlite_where=text("due_at IS NOT NULL")),
 )
 
 incidents = Table(
@@ -91,17 +96,21 @@ incidents = Table(
     Column("id", Id, primary_key=True),
     Column("state", String, nullable=False),  # streams.incidents.INCIDENT
     Column("open", Integer, nullable=False),
+    Column("kind", String, nullable=False, server_default="case"),  # case | maintenance; they never mix
     Column("cause", String, nullable=False),
     Column("by", String, nullable=False),
     Column("key", String, nullable=False),  # the zone, building, gateway or device that members share
     Column("urgency", String, nullable=False),
     Column("opened_at", BigInteger, nullable=False),
-    Column("last_at", BigInteger, nullable=False),  # event time of the latest member
-    Column("due_at", BigInteger),  # when the confirmation policy looks again
+    Column("first_at", BigInteger, nullable=False, server_default="0"),  # event time of the earliest raise
+    Column("last_at", BigInteger, nullable=False),  # event time of the latest
+    Column("due_at", BigInteger),  # when its policy looks again
+    Column("quiet_at", BigInteger),  # when it ends, if none of its alarms comes back until then
     Column("confirmed_at", BigInteger),
     Column("confirmed_by", String),
     Column("reason", String, nullable=False, server_default=""),
     Index("open_incidents", "cause", "key", sqlite_where=text("open = 1"), postgresql_where=text("open = 1")),
+    Index("incidents_due", "due_at", sqlite_where=text("due_at IS NOT NULL")),
 )
 
 cases = Table(
@@ -142,8 +151,8 @@ cases = Table(
         "one_case",
         "incident",
         unique=True,
-        sqlite_where=text("kind = 'case'"),
-        postgresql_where=text("kind = 'case'"),
+        sqlite_where=text("kind <> 'rescue'"),
+        postgresql_where=text("kind <> 'rescue'"),
     ),
     Index(
         "one_rescue",

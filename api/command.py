@@ -1,0 +1,132 @@
+"""`citybrain api` and `citybrain migrate`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+
+import uvicorn
+
+from api.app import create_app
+from api.readings import Latest
+from api.site import Site
+from citybrain.cli import Subcommand, emit
+from citybrain.clock import wait_s
+from citybrain.counters import Counters
+from citybrain.errors import CityBrainError, Unavailable
+from citybrain.layout import Layout
+
+FOLLOW_S = 0.2  # how often the log is looked at for newer values
+STOP_S = 1  # what answers under way get to end in
+
+
+class Server(uvicorn.Server):
+    """uvicorn that leaves signals to us: it would raise them again when it is done, and we end with 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket; raises Unavailable where the port is taken."""
+    taken = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+        taken.listen(128)
+    except OSError as error:
+        taken.close()
+        if error.errno == errno.EADDRINUSE:
+            what = "is taken by another program: stop that one, or start `citybrain run` with another --api-port"
+            raise Unavailable(f"api: port {port} on {host} {what}") from None
+        raise Unavailable(f"api: cannot listen on {host}:{port}: {error.strerror}") from None
+    return taken
+
+
+class Background(threading.Thread):
+    """Follows the log and publishes the heartbeat, until `stop` is set."""
+
+    def __init__(self, latest: Latest, counters: Counters, stop: threading.Event) -> None:
+        super().__init__(name="follow", daemon=True)
+        self._latest = latest
+        self._counters = counters
+        self._stop_event = stop
+
+    def run(self) -> None:
+        self._guarded(self._latest.start)
+        while not self._stop_event.is_set():
+            taken = self._guarded(self._latest.follow)
+            self._counters.publish()
+            if not taken:
+                wait_s(FOLLOW_S, self._stop_event)
+
+    def _guarded(self, step: object) -> int:
+        """Do one step; what fails is counted and said, and the heartbeat goes on: values then are just not newer."""
+        try:
+            return int(step() or 0) if callable(step) else 0
+        except (CityBrainError, OSError) as error:
+            self._counters.add("errors_total", stage="readings")
+            self._counters.warn(f"latest values: {error}")
+            return 0
+
+
+def serve(layout: Layout) -> None:
+    """Serve until SIGINT or SIGTERM; raises Unavailable where the port is taken."""
+    run = layout.read_run()
+    layout.make()
+    counters = Counters("api", layout.run)
+    counters.resume()
+    with listen(run.host, run.api_port) as taken:
+        latest = Latest(layout, run.shards, counters)
+        app = create_app(Site(layout, run, latest, counters))
+        server = Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_S, ws="none")
+        )
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+        background = Background(latest, counters, stop)
+        background.start()
+        try:
+            server.run(sockets=[taken])
+        finally:
+            stop.set()
+            background.join(1.0)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve the HTTP API and the status page on the address in run/run.json."
+
+
+def _run(args: argparse.Namespace) -> int:
+    serve(Layout(args.data))
+    return 0
+
+
+def _migrate(args: argparse.Namespace) -> int:
+    from citybrain.db.migrations import upgrade  # noqa: PLC0415  alembic is not needed to serve
+    from citybrain.db.store import open_store  # noqa: PLC0415
+
+    layout = Layout(args.data)
+    layout.make()
+    store = open_store(layout.database)
+    try:
+        upgrade(store)
+    finally:
+        store.dispose()
+    emit({"database": str(layout.database)}, as_json=args.json)
+    return 0
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Bring the desk's database to this version's schema; nothing is lost, and it may be repeated."
+
+
+command = Subcommand("serve the HTTP API and the status page", _arguments, _run)
+migrate = Subcommand("bring the database to this version's schema", _no_arguments, _migrate)

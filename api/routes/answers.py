@@ -1,0 +1,295 @@
+"""What the API answers: the shapes of its JSON. Times are Unix ms UTC (platform time), `None` where not yet."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, Field
+
+T = TypeVar("T")
+
+
+class Text(BaseModel):
+    """A text in both languages."""
+
+    zh: str
+    en: str
+
+
+class Named(Text):
+    """Something with a code and a name."""
+
+    code: str
+
+
+class Refusal(BaseModel):
+    """RFC 9457 problem details (`application/problem+json`): `error` is a code, `where` the part of the request."""
+
+    type: str = Field(examples=["urn:citybrain:problem:not_found"])
+    title: str
+    status: int
+    detail: str
+    error: str = Field(examples=["not_found"])
+    where: str = Field(examples=["case 2026-000123"])
+    what: str = Field(description="what is wrong and what to do; the same as `detail`")
+
+
+class Page(BaseModel, Generic[T]):
+    """A part of a list. Ask again with `cursor=next_cursor` for what follows; it is null on the last page."""
+
+    items: list[T]
+    next_cursor: str | None = Field(description="opaque; null on the last page")
+
+
+class Place(BaseModel):
+    """Where something stands."""
+
+    lon: float = Field(description="degrees, CGCS2000")
+    lat: float = Field(description="degrees, CGCS2000")
+    cell: str = Field(description="15-digit code of the unit grid cell")
+    address: str
+
+
+class CasePlace(Place):
+    """Where a case is, and whose area that is."""
+
+    grid: str = Field(description="responsibility grid")
+    street: str = Field(description="street digits")
+
+
+class Latest(BaseModel):
+    """The latest value of one series."""
+
+    value: float = Field(description="in `unit`")
+    unit: str
+    at: int = Field(description="Unix ms; the sensor's time, at most 2 s ahead of its arrival")
+    name: Text
+
+
+class Device(BaseModel):
+    """A device and its latest values, by metric."""
+
+    id: str
+    kind: str
+    gateway: str
+    zone: str
+    building: str
+    name: str
+    tags: list[str]
+    place: Place
+    values: dict[str, Latest]
+
+
+class Gateway(BaseModel):
+    """A gateway: online when a message of its came in the last 90 s of platform time."""
+
+    id: str
+    shard: int
+    place: Place
+    devices: int
+    online: bool
+    received_at: int | None = Field(description="arrival of its last message, Unix ms")
+    observed_at: int | None = Field(description="time of its newest value, Unix ms")
+
+
+class Evidence(BaseModel):
+    """What was measured against which limit, since when (Unix ms), how often."""
+
+    metric: str
+    value: float | None
+    limit: float | None
+    since_ms: int
+    count: int
+
+
+class Alarm(BaseModel):
+    """An alarm: one rule's condition on one device."""
+
+    id: int
+    rule: str
+    ruleset: str = Field(description="hash of the rule set that decided")
+    title: Text
+    subject: str = Field(description="device id")
+    name: str = Field(description="the device's name")
+    address: str
+    state: str = Field(description="state of the ISA-18.2 life cycle")
+    open: bool
+    active: bool = Field(description="whether the condition holds now")
+    urgency: str = Field(description="life | urgent | normal | watch")
+    raised_at: int = Field(description="event time")
+    received_at: int
+    opened_at: int
+    last_at: int
+    cleared_at: int | None
+    acknowledged_at: int | None
+    acknowledged_by: str | None
+    count: int = Field(description="how often it was raised while open")
+    incident: int | None
+    why: str = Field(description="reason code of its membership in the incident")
+    why_text: Text
+    evidence: Evidence
+    explanation: Text
+
+
+class TimelineEntry(BaseModel):
+    """One step of a life cycle: who did what, when, why."""
+
+    at: int
+    event: str
+    before: str
+    after: str
+    reason: str
+    actor: str
+    details: Any
+
+
+class Incident(BaseModel):
+    """Alarms that share a cause."""
+
+    id: int
+    state: str
+    open: bool
+    kind: str = Field(description="what it can become: case | maintenance")
+    cause: str
+    by: str = Field(description="what its members share: device | zone | building | gateway")
+    key: str = Field(description="the shared device, zone, building or gateway")
+    title: Text = Field(description="of its first alarm's rule")
+    urgency: str
+    members: int
+    cases: list[str] = Field(description="numbers of its cases, rescues and maintenance orders")
+    opened_at: int
+    last_at: int
+    due_at: int | None = Field(description="when the confirmation policy looks again")
+    confirmed_at: int | None
+    confirmed_by: str | None
+    reason: str
+
+
+class IncidentDetail(Incident):
+    """An incident with its members, each saying why it belongs."""
+
+    alarms: list[Alarm]
+    timeline: list[TimelineEntry]
+
+
+class Case(BaseModel):
+    """A work order (`case`), a rescue of one car's passengers (`rescue`) or a device's care (`maintenance`)."""
+
+    number: str
+    kind: str
+    incident: int
+    alarm: int = Field(description="the alarm that leads")
+    subject: str
+    category: str
+    edition: str
+    code: str = Field(description="class code in `edition`, empty where it has none")
+    title: Text
+    urgency: str
+    place: CasePlace
+    unit: Named = Field(description="handling unit")
+    area_owner: Named
+    stage: str
+    owner_system: str = Field(description="native | external: only the owner moves stages")
+    external_id: str | None
+    observed_at: int
+    opened_at: int
+    deadline: int
+    rescued_at: int | None = Field(description="when the passengers were out")
+    closed_at: int | None
+    open: bool
+    verdict: str | None = Field(description="confirmed | false_alarm | duplicate")
+    verdict_reason: str | None
+
+
+class Delivery(BaseModel):
+    """One webhook of a case on its way to the grid platform."""
+
+    id: str = Field(description="the webhook-id")
+    type: str
+    state: str = Field(description="pending | delivered | dead")
+    attempts: int
+    created_at: int
+    next_at: int = Field(description="real time of the next attempt, Unix ms")
+    delivered_at: int | None
+    last_error: str | None
+
+
+class CaseDetail(Case):
+    """A case with all that is known of it."""
+
+    evidence: Any = Field(description="its members with reasons, as they were when it was opened")
+    alarms: list[Alarm]
+    timeline: list[TimelineEntry]
+    deliveries: list[Delivery]
+
+
+class Accepted(BaseModel):
+    """A command that is stored; ask `/v1/commands/{command}` what became of it."""
+
+    command: str
+    state: str = "pending"
+
+
+class CommandState(BaseModel):
+    """What became of a command: pending | applied | refused."""
+
+    command: str
+    state: str
+    kind: str | None = None
+    actor: str | None = None
+    at: int | None = None
+    applied_at: int | None = None
+    message: str = ""
+    reason: str = ""
+
+
+class Process(BaseModel):
+    """One process, by its last heartbeat."""
+
+    pid: int
+    live: bool
+    ready: bool
+    age_s: float
+    started: int = Field(description="real time, Unix ms")
+    warnings: list[str]
+
+
+class Gateways(BaseModel):
+    """How many gateways are heard."""
+
+    online: int
+    total: int
+    offline: list[str]
+
+
+class Status(BaseModel):
+    """The whole run in one object; `citybrain status --json` prints it."""
+
+    live: bool
+    missing: list[str] = Field(description="why it is not live")
+    run: str = Field(description="what tells this run from another")
+    at: int = Field(description="platform time")
+    speed: float = Field(description="platform seconds per real second")
+    readings: int = Field(description="values accepted by ingest since the first start")
+    dropped: dict[str, int] = Field(description="what was not used, by reason")
+    alarms_open: int
+    incidents_open: int
+    cases: int = Field(description="all cases, rescues and maintenance orders ever opened")
+    rescues: int
+    rescues_open: int
+    maintenance: int
+    cases_open: int
+    delivered: int
+    undelivered: int
+    closed: int
+    lag_s: float = Field(description="how far the slowest process is behind, platform seconds")
+    gateways: Gateways
+    processes: dict[str, Process]
+
+
+class Health(BaseModel):
+    """Whether every process is alive."""
+
+    live: bool
+    missing: list[str]
+    processes: dict[str, Process]
