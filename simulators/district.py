@@ -1,0 +1,204 @@
+"""The virtual district: what stands where, who answers for it, and through which gateway it speaks.
+
+Ten pressure zones of 20 hydrants lie in two streets, five one below the other in each; a zone fills one responsibility
+grid of about 1.1 km by 0.3 km. Six buildings hold 20 elevators. Everything is invented and follows from the seed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from citybrain.model import Cell, Device, Gateway, Place, Registry, Unit
+from simulators.noise import Noise
+
+# Invented: open water, so that no real neighbourhood is meant; the division code 99.... is assigned to nobody.
+ORIGIN_LON, ORIGIN_LAT = 120.1500, 31.2000
+DIVISION = "990101"
+STREETS = ("001", "002")
+STREET_NAMES = {"001": ("甲浦街道", "Jiapu Street"), "002": ("乙浦街道", "Yipu Street")}
+ROADS = ("青禾路", "望潮路", "白鹭路", "长堤路", "云栈路", "松涛路", "芦苇路", "石桥路", "星河路", "晴川路")
+
+METRES_PER_DEGREE = 111_320.0
+CELL_M = 100.0
+CELLS_ACROSS, CELLS_DOWN = 11, 3
+GRID_WIDTH_M, GRID_HEIGHT_M = CELLS_ACROSS * CELL_M, CELLS_DOWN * CELL_M
+ZONES = 10
+ZONES_A_STREET = ZONES // len(STREETS)
+HYDRANTS_A_ROW = 10
+LIFTS_IN_BUILDING = (4, 4, 3, 3, 3, 3)
+FLOORS_IN_BUILDING = (18, 24, 12, 28, 16, 9)
+ZONE_OF_BUILDING = (1, 2, 3, 5, 7, 9)
+GATEWAYS = 5
+ZONES_A_GATEWAY = ZONES // GATEWAYS
+
+HYDRANT_METRICS = ("pressure_mpa", "flow_lps", "battery_v")
+HYDRANT_EVENTS = ("tilt_deg", "cap_open")
+LIFT_METRICS = ("floor", "moving", "vibration_rms_g", "current_a")
+LIFT_EVENTS = ("occupied", "door_closed", "service_mode", "fault_code")
+GATEWAY_METRICS = ("uptime_s", "spooled")
+
+UNITS = (
+    Unit("water", "供水公司", "Water company"),
+    Unit("fire", "消防救援", "Fire and rescue"),
+    Unit("lift-maintenance", "电梯维保单位", "Elevator maintainer"),
+    Unit("lift-rescue", "96333电梯应急", "Elevator emergency line"),
+    Unit("sensor-ops", "物联设备运维", "Sensor maintenance"),
+)
+
+
+class District(msgspec.Struct, frozen=True):
+    """A district ready to be provisioned and simulated. `metres` are (east, north) of each device from the origin."""
+
+    seed: int
+    registry: Registry
+    devices: dict[str, Device]
+    zones: dict[str, tuple[str, ...]]
+    buildings: dict[str, tuple[str, ...]]
+    floors: dict[str, int]
+    cells: dict[str, Cell]
+    metres: dict[str, tuple[float, float]]
+
+    def of_gateway(self, gateway: str) -> tuple[str, ...]:
+        """Return the ids of the devices behind a gateway, without the gateway itself."""
+        return tuple(d.id for d in self.registry.devices if d.gateway == gateway and d.kind != "gateway")
+
+    def distance_m(self, one: str, other: str) -> float:
+        """Return how far two devices stand from each other, in metres."""
+        (x1, y1), (x2, y2) = self.metres[one], self.metres[other]
+        return math.hypot(x2 - x1, y2 - y1)
+
+
+def zone_corner(zone: int) -> tuple[float, float]:
+    """Return the south-west corner of zone 1..10 in metres from the origin; a street's zones are stacked."""
+    street, row = divmod(zone - 1, ZONES_A_STREET)
+    return street * (GRID_WIDTH_M + CELL_M), -(row + 1) * GRID_HEIGHT_M
+
+
+def cell_code(zone: int, x_m: float, y_m: float) -> str:
+    """Return the 15-digit code (division 6, street 3, community 3, sequence 3) of the cell of a point in a zone.
+
+    The sequence runs west to east, north to south.
+    """
+    left, bottom = zone_corner(zone)
+    column = min(max(int((x_m - left) // CELL_M), 0), CELLS_ACROSS - 1)
+    row = min(max(int((bottom + GRID_HEIGHT_M - y_m) // CELL_M), 0), CELLS_DOWN - 1)
+    street, community = divmod(zone - 1, ZONES_A_STREET)
+    return f"{DIVISION}{STREETS[street]}{community + 1:03d}{row * CELLS_ACROSS + column + 1:03d}"
+
+
+def grid_of(zone: int) -> str:
+    """Return the responsibility grid that zone 1..10 fills."""
+    street, community = divmod(zone - 1, ZONES_A_STREET)
+    return f"{DIVISION}{STREETS[street]}-G{community + 1:02d}"
+
+
+def _cells() -> tuple[Cell, ...]:
+    found = []
+    for zone in range(1, ZONES + 1):
+        left, bottom = zone_corner(zone)
+        street = STREETS[(zone - 1) // ZONES_A_STREET]
+        for row in range(CELLS_DOWN):
+            for column in range(CELLS_ACROSS):
+                centre = left + (column + 0.5) * CELL_M, bottom + GRID_HEIGHT_M - (row + 0.5) * CELL_M
+                found.append(Cell(cell_code(zone, *centre), grid_of(zone), street))
+    return tuple(found)
+
+
+def _place(zone: int, x_m: float, y_m: float, address: str) -> Place:
+    lat = ORIGIN_LAT + y_m / METRES_PER_DEGREE
+    lon = ORIGIN_LON + x_m / (METRES_PER_DEGREE * math.cos(math.radians(ORIGIN_LAT)))
+    return Place(round(lon, 6), round(lat, 6), cell_code(zone, x_m, y_m), address)
+
+
+def _gateway_of(zone: int) -> str:
+    return f"gw-{(zone - 1) // ZONES_A_GATEWAY + 1:02d}"
+
+
+def _hydrants(noise: Noise) -> list[tuple[Device, tuple[float, float]]]:
+    """Twenty a zone, ten along each side of its road, about 105 m apart."""
+    found = []
+    for zone in range(1, ZONES + 1):
+        left, bottom = zone_corner(zone)
+        for place in range(2 * HYDRANTS_A_ROW):
+            number = (zone - 1) * 2 * HYDRANTS_A_ROW + place + 1
+            side, along = divmod(place, HYDRANTS_A_ROW)
+            x = left + 60.0 + along * 105.0 + 20.0 * (noise.uniform(2 * number) - 0.5)
+            y = bottom + 80.0 + side * 130.0 + 20.0 * (noise.uniform(2 * number + 1) - 0.5)
+            house = 10 * along + 2 + side
+            device = Device(
+                f"hyd-{number:06d}",
+                "hydrant",
+                _gateway_of(zone),
+                _place(zone, x, y, f"{ROADS[zone - 1]}{house}号"),
+                HYDRANT_METRICS,
+                HYDRANT_EVENTS,
+                zone=f"zone-{zone:02d}",
+                name=f"消火栓{number:03d}",
+            )
+            found.append((device, (x, y)))
+    return found
+
+
+def _lifts(noise: Noise) -> list[tuple[Device, tuple[float, float]]]:
+    found: list[tuple[Device, tuple[float, float]]] = []
+    for index, lifts in enumerate(LIFTS_IN_BUILDING):
+        zone = ZONE_OF_BUILDING[index]
+        left, bottom = zone_corner(zone)
+        x = left + 150.0 + 800.0 * noise.uniform(100_000 + index)
+        y = bottom + 145.0 + 10.0 * noise.uniform(200_000 + index)
+        for lift in range(lifts):
+            number = len(found) + 1
+            device = Device(
+                f"lift-{number:04d}",
+                "elevator",
+                _gateway_of(zone),
+                _place(zone, x, y, f"{ROADS[zone - 1]}{100 + index}号 {lift + 1}号梯"),
+                LIFT_METRICS,
+                LIFT_EVENTS,
+                building=f"bld-{index + 1:02d}",
+                name=f"{ROADS[zone - 1]}{100 + index}号{lift + 1}号梯",
+            )
+            found.append((device, (x, y)))
+    return found
+
+
+def _gateways() -> list[tuple[Gateway, Device, tuple[float, float]]]:
+    found = []
+    for number in range(1, GATEWAYS + 1):
+        zone = (number - 1) * ZONES_A_GATEWAY + 1
+        left, bottom = zone_corner(zone)
+        x, y = left + 50.0, bottom + 150.0
+        name = f"gw-{number:02d}"
+        place = _place(zone, x, y, f"{ROADS[zone - 1]}1号机柜")
+        device = Device(name, "gateway", name, place, GATEWAY_METRICS, name=f"网关{number:02d}")
+        found.append((Gateway(name, (number - 1) % 2, place), device, (x, y)))
+    return found
+
+
+def _grouped(devices: list[Device], by: str) -> dict[str, tuple[str, ...]]:
+    groups: dict[str, list[str]] = {}
+    for device in devices:
+        groups.setdefault(getattr(device, by), []).append(device.id)
+    return {key: tuple(members) for key, members in groups.items() if key}
+
+
+def build(seed: int) -> District:
+    """Return the district of a seed: 200 hydrants, 20 elevators, 5 gateways in 2 shards, 330 cells, 10 grids."""
+    noise = Noise(seed, "district")
+    placed = [*_hydrants(noise), *_lifts(noise)]
+    boxes = _gateways()
+    devices = [device for device, _ in placed] + [device for _, device, _ in boxes]
+    areas = tuple(Unit(f"street-{code}", zh, en, code) for code, (zh, en) in STREET_NAMES.items())
+    cells = _cells()
+    return District(
+        seed,
+        Registry(tuple(gateway for gateway, _, _ in boxes), tuple(devices), cells, UNITS + areas),
+        {device.id: device for device in devices},
+        _grouped(devices, "zone"),
+        _grouped(devices, "building"),
+        {f"bld-{index + 1:02d}": floors for index, floors in enumerate(FLOORS_IN_BUILDING)},
+        {cell.code: cell for cell in cells},
+        {device.id: at for device, at in placed} | {device.id: at for _, device, at in boxes},
+    )
