@@ -1,0 +1,236 @@
+"""The wire protocol of one lane as a small model: pure values, no disk, no clock, no encoding.
+
+`explore` walks every state that a few messages, crashes and accidents can lead to, through a network that loses,
+repeats and reorders (whatever was once sent may arrive at any time, any number of times, or never). The real spool,
+uplink and ingest are driven against `Ingest` in test_protocol.py.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+WINDOW = 2
+
+
+class Sent(msgspec.Struct, frozen=True):
+    """A message on the wire. `body` stands for its bytes, and for their checksum."""
+
+    epoch: int
+    seq: int
+    floor: int
+    body: str
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """Everything of `epoch` up to and including `seq` is in the log."""
+
+    epoch: int
+    seq: int
+
+
+class Logged(msgspec.Struct, frozen=True):
+    epoch: int
+    seq: int
+    body: str
+
+
+# --- ingest -----------------------------------------------------------------------------------------------------
+
+
+class Ingest(msgspec.Struct, frozen=True):
+    """What ingest knows of a lane: what it expects next by epoch, its log, what it counted, what it refused."""
+
+    expected: tuple[tuple[int, int], ...] = ()
+    log: tuple[Logged, ...] = ()
+    lost: int = 0
+    conflict: bool = False
+
+
+def take(ingest: Ingest, message: Sent) -> tuple[Ingest, Answer | None]:
+    """Return ingest after a message, and what it answers once that is durable; None to a conflict."""
+    positions = dict(ingest.expected)
+    known = message.epoch in positions
+    expected = positions.get(message.epoch, message.floor)
+    if message.seq < expected:
+        for logged in ingest.log:
+            if (logged.epoch, logged.seq) == (message.epoch, message.seq) and logged.body != message.body:
+                return msgspec.structs.replace(ingest, conflict=True), None
+    lost = max(message.floor - expected, 0) if known else 0
+    expected = max(expected, message.floor)
+    log = ingest.log
+    if message.seq == expected:
+        log = (*log, Logged(message.epoch, message.seq, message.body))
+        expected += 1
+    positions[message.epoch] = expected
+    after = Ingest(tuple(sorted(positions.items())), log, ingest.lost + lost, ingest.conflict)
+    return after, Answer(message.epoch, expected - 1)
+
+
+def recovered(ingest: Ingest) -> Ingest:
+    """Return ingest after a crash: only what the log says is known."""
+    last = {logged.epoch: logged.seq + 1 for logged in ingest.log}
+    return msgspec.structs.replace(ingest, expected=tuple(sorted(last.items())))
+
+
+# --- gateway ----------------------------------------------------------------------------------------------------
+
+
+class Gateway(msgspec.Struct, frozen=True):
+    """A gateway's lane: what is on its disk (bodies by seq, floor, epoch) and what its process knows.
+
+    sent: highest seq sent in this epoch, or possibly so by an earlier process. ask: the message to repeat before
+    anything else is sent; 0 none. high: highest seq sent by this process since it last rewound.
+    """
+
+    epoch: int = 1
+    bodies: tuple[str, ...] = ()
+    floor: int = 1
+    sent: int = 0
+    ask: int = 0
+    high: int = 0
+
+
+def commit(gateway: Gateway, body: str) -> Gateway:
+    """Spool one more message."""
+    return msgspec.structs.replace(gateway, bodies=(*gateway.bodies, body))
+
+
+def message(gateway: Gateway, seq: int) -> Sent:
+    return Sent(gateway.epoch, seq, min(gateway.floor, seq), gateway.bodies[seq - 1])
+
+
+def sendable(gateway: Gateway) -> Sent | None:
+    """Return what may be sent next: the question, or the next message inside the window."""
+    if gateway.ask:
+        return message(gateway, gateway.ask) if gateway.high == 0 and gateway.ask <= len(gateway.bodies) else None
+    seq = max(gateway.high + 1, gateway.floor)
+    return message(gateway, seq) if seq <= len(gateway.bodies) and seq < gateway.floor + WINDOW else None
+
+
+def sent(gateway: Gateway, seq: int) -> Gateway:
+    return msgspec.structs.replace(gateway, high=seq, sent=max(gateway.sent, seq))
+
+
+def rewind(gateway: Gateway) -> Gateway:
+    """Time out, or connect again."""
+    return msgspec.structs.replace(gateway, high=0)
+
+
+def answered(gateway: Gateway, answer: Answer) -> Gateway:
+    """Return the gateway after an acknowledgement."""
+    change = msgspec.structs.replace
+    if answer.epoch != gateway.epoch:
+        return gateway
+    if answer.seq > gateway.sent:
+        return renumbered(gateway)
+    if not gateway.ask:
+        return change(gateway, floor=max(gateway.floor, answer.seq + 1))
+    if not gateway.high:
+        return gateway
+    if answer.seq == gateway.ask:
+        return change(gateway, floor=max(gateway.floor, answer.seq + 1), ask=0, high=0)
+    return change(gateway, ask=answer.seq if answer.seq >= gateway.floor else 0, high=0)
+
+
+def renumbered(gateway: Gateway) -> Gateway:
+    """Begin a new epoch: what is unsent keeps its seqs."""
+    return Gateway(gateway.epoch + 10, gateway.bodies, gateway.floor)
+
+
+def restarted(gateway: Gateway) -> Gateway:
+    """Start a new process on the same disk."""
+    last = len(gateway.bodies)
+    return Gateway(gateway.epoch, gateway.bodies, gateway.floor, last, last or 1, 0)
+
+
+def evicted(gateway: Gateway) -> Gateway:
+    """Lose the oldest message that is not acknowledged."""
+    return msgspec.structs.replace(gateway, floor=min(gateway.floor + 1, len(gateway.bodies) + 1))
+
+
+# --- every way it can go ----------------------------------------------------------------------------------------
+
+
+class World(msgspec.Struct, frozen=True):
+    """One state of everything; `up` and `down`, what was ever sent, only grow.
+
+    `ingest` is what is durable. What it took and did not commit shows nowhere, and its crash is a message lost.
+    """
+
+    gateway: Gateway = Gateway()
+    ingest: Ingest = Ingest()
+    up: frozenset[Sent] = frozenset()
+    down: frozenset[Answer] = frozenset()
+    gone: frozenset[str] = frozenset()  # bodies that were evicted, or left the city with the old card
+    copy: Gateway | None = None
+    accidents: int = 0
+    restored: bool = False
+
+
+def explore(messages: int, accidents: int, visit: Callable[[World], None], start: World | None = None) -> int:
+    """Visit every state reachable with so many messages and accidents, once; return how many there are."""
+    first = start or World()
+    seen, queue = {first}, deque([first])
+    while queue:
+        world = queue.popleft()
+        visit(world)
+        for after in _steps(world, messages, accidents):
+            if after not in seen:
+                seen.add(after)
+                queue.append(after)
+    return len(seen)
+
+
+def _steps(world: World, messages: int, accidents: int) -> Iterator[World]:
+    change = msgspec.structs.replace
+    gateway = world.gateway
+    if len(gateway.bodies) < messages:
+        body = f"{'b' if world.restored else 'a'}{len(gateway.bodies) + 1}"
+        yield change(world, gateway=commit(gateway, body))
+    if (out := sendable(gateway)) is not None:
+        yield change(world, gateway=sent(gateway, out.seq), up=world.up | {out})
+    if gateway.high:
+        yield change(world, gateway=rewind(gateway))
+    for out in world.up:
+        ingest, answer = take(world.ingest, out)
+        yield change(world, ingest=ingest, down=world.down | ({answer} if answer else frozenset()))
+    for answer in world.down:
+        yield change(world, gateway=answered(gateway, answer))
+    if world.accidents < accidents:
+        yield from _accidents(change(world, accidents=world.accidents + 1))
+
+
+def _accidents(world: World) -> Iterator[World]:
+    change = msgspec.structs.replace
+    gateway = world.gateway
+    yield change(world, ingest=recovered(world.ingest))
+    if not (world.restored and gateway.ask):  # docs/wire.md names what a second start before the answer may cost
+        yield change(world, gateway=restarted(gateway))
+    if gateway.floor <= len(gateway.bodies):
+        yield change(world, gateway=evicted(gateway), gone=world.gone | {gateway.bodies[gateway.floor - 1]})
+    if world.copy is None:
+        if gateway.bodies:  # with nothing on the copy there is nothing to compare, only numbers
+            yield change(world, copy=gateway)
+    elif not world.restored:
+        # the card comes back as it was; by then nothing of the old connection is under way
+        old = frozenset(gateway.bodies[len(world.copy.bodies) :])
+        yield change(
+            world, gateway=restarted(world.copy), restored=True, gone=world.gone | old, up=frozenset(), down=frozenset()
+        )
+
+
+def drained(world: World) -> World:
+    """Return what becomes of a world once nothing is lost any more."""
+    gateway, ingest = world.gateway, world.ingest
+    for _ in range(3 * len(gateway.bodies) + 3):
+        gateway, answers = rewind(gateway), []
+        while (out := sendable(gateway)) is not None:
+            gateway = sent(gateway, out.seq)
+            ingest, answer = take(ingest, out)
+            answers += [answer] if answer is not None else []
+        for answer in answers:
+            gateway = answered(gateway, answer)
+    return msgspec.structs.replace(world, gateway=gateway, ingest=ingest)
