@@ -166,8 +166,9 @@ def summary(offline: Offline) -> dict[str, Any]:
     store = offline.pipeline.store
     assert store is not None  # it was started
     with store.begin() as connection:
-        rows = connection.execute(select(cases.c.kind, func.count()).group_by(cases.c.kind))
-        orders: dict[str, int] = dict(rows.tuples().all())
+        orders: dict[str, int] = {}
+        for kind, count in connection.execute(select(cases.c.kind, func.count()).group_by(cases.c.kind)):
+            orders[kind] = count
         counts = {
             name: connection.execute(select(func.count()).select_from(table)).scalar_one()
             for name, table in (("alarms", alarms), ("incidents", incidents))

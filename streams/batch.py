@@ -79,9 +79,7 @@ def lay(frames: list[tuple[int, FrameHead, tuple[I64, F64, U32]]]) -> Frames:
     )
 
 
-def take(
-    frames: Frames, of_series: I32, device_of: I32, times: Times, batch: Batch, counts: I64
-) -> None:
+def take(frames: Frames, of_series: I32, device_of: I32, times: Times, batch: Batch, counts: I64) -> None:
     """Write every value's times and whether it is used; move `times` on. A value older than its series' last is late.
 
     Used values of one device and time that stand together count as one reading.

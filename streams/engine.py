@@ -45,7 +45,7 @@ class Cause(NamedTuple):
 class InForce(NamedTuple):
     """What the engine runs with, and what it remembers by it."""
 
-    index: Index | None
+    registry: Index | None
     plan: Plan | None
     watches: dict[str, Watch]
 
@@ -373,8 +373,8 @@ def carry_over(old: InForce, new: InForce) -> list[tuple[int, str, str]]:
 def instance_keys(held: InForce, table: Table) -> list[tuple[str, str]]:
     """Return (rule id, subject) of every instance."""
     assert held.plan is not None
-    assert held.index is not None
-    rules, devices = held.plan.rules, held.index.devices
+    assert held.registry is not None
+    rules, devices = held.plan.rules, held.registry.devices
     return [(rules[r].rule.id, devices[d].id) for r, d in zip(table.rule, table.device, strict=True)]
 
 

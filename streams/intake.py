@@ -280,7 +280,7 @@ class Intake:
             self._adopting[f"{gateway}/{device}"] = self.quarantine.next_offset
             for offset, held in self.quarantine.release((gateway, device)):
                 # A record whose message never got into the log: it comes again, or has come since.
-                if True:
+                if self.cursors.taken(gateway, held.lane, held.epoch, held.seq):
                     self._replay(number, offset, held, now_ms)
 
     def _replay(self, gateway: int, offset: int, held: Held, now_ms: int) -> None:

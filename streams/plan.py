@@ -195,7 +195,7 @@ def compile_mutes(overrides: Sequence[Control], table: Table, plan: Plan, index:
 
 
 def add_override(overrides: Sequence[Control], override: Control) -> tuple[Control, ...]:
-    """Return the overrides with one more, which replaces one of equal subject, rule and start; old ones go after 30 days.
+    """Return the overrides with one more, which replaces one of equal subject, rule, start; old ones go after 30 days.
 
     An override whose end is not after its start therefore takes one back.
     """

@@ -19,7 +19,7 @@ def snapshot_paths(folder: Path) -> list[Path]:
 
 
 def write_snapshot(engine: Engine, folder: Path) -> Path:
-    """Write a snapshot, named by the log offset that comes next, and remove all but the last two; raises StorageError."""
+    """Write a snapshot named by the log offset that comes next; remove all but the last two. Raises StorageError."""
     path = folder / f"{engine.offset:020d}{SUFFIX}"
     OS_FILES.make(folder)
     OS_FILES.replace(path, engine.snapshot())

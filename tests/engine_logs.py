@@ -1,0 +1,107 @@
+"""Rules, registries and logs that the tests of engine and worker share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from citybrain.config import Lines, convert
+from citybrain.layout import Layout
+from citybrain.model import Device, Gateway, Lane, Place, Registry
+from citybrain.segments import Record
+from streams.log import Control, FrameHead, Kind, Tick, pack_frame
+from streams.registry import Index, encode_registry
+from streams.ruleset import Rule, RuleSet, encode_ruleset
+
+PLACE = Place(121.4, 31.2, "310107001001001")
+START = 1_767_225_600_000
+
+
+def make_rule(name: str, when: dict[str, Any], kind: str = "hydrant", **more: Any) -> Rule:
+    """Return a rule of which only id, selection, condition and guards matter here."""
+    text = {
+        "id": name,
+        "title": {"zh": name, "en": name},
+        "select": {"kind": kind},
+        "when": when,
+        "urgency": "normal",
+        "correlate": {"by": "device", "cause": name, "within": "30min"},
+        "confirm": {"policy": "at_once"},
+        "case": {"kind": "case", "category": "battery"},
+        "source": "test",
+        "owner": "test",
+    }
+    return convert(text | more, Rule, Lines(name, None))
+
+
+LOW = {"kind": "threshold", "metric": "pressure_mpa", "below": 3, "deadband": 2, "on_delay": "20s", "off_delay": "30s"}
+RULES = (
+    make_rule("low", LOW),
+    make_rule("flow", {"kind": "threshold", "metric": "flow_lps", "above": 5, "deadband": 1}),
+    make_rule(
+        "flows", {"kind": "threshold", "metric": "flow_lps", "above": 6, "on_delay": "5s",
+                  "count": {"n": 3, "within": "4min"}}, unless={"metric": "cap_open", "at_least": 1},
+    ),
+    make_rule("code", {"kind": "device_code", "metric": "fault_code", "codes": [3, 4], "clear": [0, 1]}, "hydrant",
+              only_while={"metric": "cap_open", "at_least": 1}),
+    make_rule("codes", {"kind": "device_code", "metric": "fault_code", "codes": [2, 3], "clear": [0],
+                        "count": {"n": 2, "within": "90s"}, "on_delay": "10s"}),
+    make_rule("quiet", {"kind": "absence", "timeout": "50s"}),
+    make_rule("gone", {"kind": "absence", "timeout": "40s", "clock": "platform"}, "gateway"),
+    make_rule("conflict", {"kind": "reported"}, "gateway"),
+)  # fmt: skip
+OTHER_RULES = (
+    make_rule("low", {**LOW, "below": 4}),
+    RULES[1],
+    make_rule("code", {"kind": "device_code", "metric": "fault_code", "codes": [4], "clear": [0]}),
+    RULES[4],
+    make_rule("quiet", {"kind": "absence", "timeout": "70s"}),
+    make_rule("gone", {"kind": "absence", "timeout": "60s", "clock": "platform"}, "gateway"),
+)
+
+
+def make_registry(devices: tuple[str, ...]) -> Registry:
+    """Return hydrants `<gateway><n>` behind gateways a, b (shard 0) and c (shard 1)."""
+    gateways = tuple(Gateway(g, 1 if g == "c" else 0, PLACE) for g in "abc")
+    metrics, events = ("pressure_mpa", "flow_lps"), ("cap_open", "fault_code")
+    hydrants = tuple(Device(d, "hydrant", d[0], PLACE, metrics, events) for d in devices)
+    return Registry(gateways, (*hydrants, *(Device(g.id, "gateway", g.id, PLACE, ("uptime_s",)) for g in gateways)))
+
+
+REGISTRIES = (make_registry(("a1", "a2", "b1", "c1")), make_registry(("a0", "a2", "b1", "b2", "c1")))
+
+
+class Log:
+    """Builds records the way ingest does."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.records: list[Record] = []
+        self.index = Index(REGISTRIES[0], "")
+
+    def add(self, kind: Kind, received_at: int, payload: bytes) -> None:
+        self.records.append(Record(len(self.records), received_at, kind, payload))
+
+    def control(self, at: int, what: str, **more: Any) -> None:
+        self.add(Kind.CONTROL, at, msgspec.json.encode(Control(what, at, "test", **more)))
+
+    def registry(self, at: int, registry: Registry) -> None:
+        self.index = Index(registry, "")
+        self.control(at, "registry", content=self.layout.put_blob(encode_registry(registry)))
+
+    def ruleset(self, at: int, *rules: Rule) -> None:
+        self.control(at, "ruleset", content=self.layout.put_blob(encode_ruleset(RuleSet(rules))))
+
+    def tick(self, at: int, up_since: int) -> None:
+        self.add(Kind.TICK, at, msgspec.json.encode(Tick(at, up_since)))
+
+    def frame(self, at: int, gateway: str, lane: Lane, values: list[tuple[str, str, int, float]]) -> None:
+        """Add a frame of (device, metric, observed_at, value); what the registry does not know is left out."""
+        known = [v for v in values if v[0] in self.index.device_index]
+        series = [self.index.series(device, metric) for device, metric, _, _ in known]
+        head = FrameHead(self.index.gateway_index[gateway], lane, 1, len(self.records) + 1, at, len(known), 0)
+        times = np.array([t for _, _, t, _ in known], np.int64)
+        numbers = np.array([v for _, _, _, v in known], np.float64)
+        self.add(Kind.FRAME, at, pack_frame(head, times, numbers, np.array(series, np.uint32)))

@@ -1,0 +1,471 @@
+"""The desk: readings' transitions become alarms, incidents, cases, rescues; nothing twice, nothing forgotten."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import text as sql
+
+from api.desk import DeskConfig, replay
+from citybrain.clock import DAY_MS, system_clock
+from citybrain.counters import read_heartbeats
+from citybrain.db.migrations import HEAD, revision, upgrade
+from citybrain.db.schema import alarms, cases, consumed, incidents, journal, metadata, outbox, timeline
+from citybrain.db.store import open_store
+from citybrain.errors import NotFound, StorageError
+from citybrain.layout import Run
+from citybrain.model import Edge
+from citybrain.segments import Writer
+from streams.log import Kind
+from tests.conftest import end, eventually
+from tests.desk_city import HYDRANTS, LIFTS, MIN, T0, City, S, everything, invariants
+
+
+@pytest.fixture
+def city(tmp_path: Path) -> Iterator[City]:
+    made = City(tmp_path)
+    yield made
+    invariants(made)
+    made.close()
+
+
+# --- incidents and cases ------------------------------------------------------------------------------------------
+
+
+def test_one_hydrant_waits_for_its_hold_then_becomes_one_case(city: City) -> None:
+    city.raises("hydrant_pressure_low", HYDRANTS[0], at=0)
+    city.step(3 * MIN)  # opened at 1 s, so its hold is not over
+    assert city.one(incidents)["state"] == "pending"
+    assert city.rows(cases) == []
+    city.step(3 * MIN + 2 * S)
+    case = city.one(cases)
+    assert (case["category"], case["unit"], case["stage"]) == ("hydrant_no_pressure", "water", "reported")
+    assert case["number"] == "CB20261125-000001"
+    assert (case["cell"], case["grid"], case["street"], case["area_owner"]) == (
+        "320508001001000", "grid-1", "001", "street-001")  # fmt: skip
+    assert case["deadline"] - case["opened_at"] == 120 * MIN
+    assert [kind for kind, _ in city.told()] == ["case.created"]
+
+
+def test_a_burst_is_one_case_at_its_worst_place(city: City) -> None:
+    for n, value in ((0, 0.09), (1, 0.03), (2, 0.11)):
+        city.raises("hydrant_pressure_low", HYDRANTS[n], at=n * 20 * S, value=value)
+    case = city.one(cases)
+    assert case["category"] == "water_main_burst"
+    assert (case["edition"], case["code"]) == ("GB/T 30428.2", "05-01")  # the 2026 edition has none
+    assert (case["lon"], case["address"]) == (120.601, "路1号")
+    evidence = msgspec.json.decode(case["evidence"])
+    assert [(line["device"], line["why"]) for line in evidence] == [
+        ("hyd-000", "first"), ("hyd-001", "same_zone"), ("hyd-002", "same_zone")]  # fmt: skip
+    city.raises("hydrant_pressure_low", HYDRANTS[3], at=2 * MIN, value=0.01)
+    assert city.one(cases)["address"] == "路3号"  # nobody is there yet: it may still move to where it is worse
+    assert [kind for kind, _ in city.told()] == ["case.created", "case.updated"]
+    assert city.command("p1", "progress", {"case": case["number"], "stage": "arrived"}, at=3 * MIN).startswith(
+        "applied"
+    )
+    city.raises("hydrant_pressure_low", HYDRANTS[4], at=4 * MIN, value=0.0)
+    assert city.one(cases)["address"] == "路3号"
+
+
+def test_a_case_that_spreads_is_upgraded_in_place(city: City) -> None:
+    city.raises("hydrant_pressure_low", HYDRANTS[0], at=0)
+    city.step(5 * MIN)
+    assert city.one(cases)["category"] == "hydrant_no_pressure"
+    city.raises("hydrant_pressure_low", HYDRANTS[1], HYDRANTS[2], at=10 * MIN, value=0.02)
+    case = city.one(cases)
+    assert (case["category"], case["title_en"], case["number"]) == (
+        "water_main_burst", "Water main burst", "CB20261125-000001")  # fmt: skip
+    assert case["deadline"] == T0 + 10 * MIN + S + 60 * MIN  # one hour from now is earlier than two from then
+    assert [(kind, data["category"]) for kind, data in city.told()] == [
+        ("case.created", "hydrant_no_pressure"), ("case.updated", "water_main_burst")]  # fmt: skip
+
+
+def test_zones_do_not_mix(city: City) -> None:
+    city.raises("hydrant_pressure_low", HYDRANTS[0], HYDRANTS[1], HYDRANTS[5], HYDRANTS[6], at=0)
+    city.step(10 * MIN)
+    assert [row["key"] for row in city.rows(incidents)] == ["z1", "z2"]
+    assert city.kinds() == {"case": 2}
+
+
+def test_a_knocked_over_hydrant_that_flows_is_damaged_once(city: City) -> None:
+    city.raises("hydrant_illegal_use", HYDRANTS[0], at=0)
+    city.raises("hydrant_tilted", HYDRANTS[0], at=5 * S)
+    city.step(5 * MIN)
+    assert city.one(cases)["category"] == "hydrant_damaged"
+
+
+def test_what_clears_before_its_hold_becomes_no_case(city: City) -> None:
+    city.raises("hydrant_illegal_use", HYDRANTS[0], at=0)
+    city.clears("hydrant_illegal_use", HYDRANTS[0], at=10 * S)
+    incident, alarm = city.one(incidents), city.one(alarms)
+    assert (incident["state"], incident["reason"]) == ("closed", "cleared_before_confirmation")
+    assert alarm["state"] == "closed"
+    city.step(DAY_MS)
+    assert city.rows(cases) == []
+
+
+def test_what_a_gateway_delivers_late_is_a_case_even_though_it_is_over(city: City) -> None:
+    city.put(city.transition("hydrant_illegal_use", HYDRANTS[0], Edge.RAISE, 0),
+             city.transition("hydrant_illegal_use", HYDRANTS[0], Edge.CLEAR, 10 * MIN))  # fmt: skip
+    city.step(60 * MIN)
+    assert city.one(cases)["category"] == "hydrant_illegal_use"
+    assert city.one(incidents)["reason"] == "held_long_enough"
+
+
+def test_chatter_is_one_alarm_and_one_case(city: City) -> None:
+    for n in range(6):
+        city.raises("hydrant_tilted", HYDRANTS[0], at=n * 10 * MIN)
+        city.clears("hydrant_tilted", HYDRANTS[0], at=n * 10 * MIN + 5 * MIN)
+    assert city.one(alarms)["count"] == 6
+    assert city.kinds() == {"case": 1}
+    city.step(3 * 60 * MIN)
+    assert city.one(alarms)["state"] == "closed"
+    assert city.one(incidents)["state"] == "closed"
+    city.raises("hydrant_tilted", HYDRANTS[0], at=4 * 60 * MIN)
+    assert city.kinds() == {"case": 2}, "what comes back after a quiet time is new"
+
+
+def test_a_case_that_is_closed_too_early_collects_its_alarms_and_makes_no_second(city: City) -> None:
+    city.raises("hydrant_pressure_low", *HYDRANTS[:3], at=0)
+    number = city.one(cases)["number"]
+    verdict = {"case": number, "verdict": "confirmed", "stage": "closed"}
+    assert city.command("v1", "verdict", verdict, "修好了", at=5 * MIN).startswith("applied")
+    assert city.one(incidents)["state"] == "confirmed", "the hydrants are still without pressure"
+    city.clears("hydrant_pressure_low", HYDRANTS[0], at=60 * MIN)
+    city.raises("hydrant_pressure_low", HYDRANTS[0], HYDRANTS[3], at=70 * MIN)
+    city.step(90 * MIN)
+    assert city.kinds() == {"case": 1}
+    city.clears("hydrant_pressure_low", *HYDRANTS[:4], at=100 * MIN)
+    city.step(131 * MIN)
+    assert city.one(incidents)["state"] == "closed"
+    assert {row["state"] for row in city.rows(alarms)} == {"closed"}
+
+
+def test_a_case_closed_when_all_is_quiet_ends_its_incident(city: City) -> None:
+    city.raises("hydrant_tilted", HYDRANTS[0], at=0)
+    city.clears("hydrant_tilted", HYDRANTS[0], at=MIN)
+    assert [kind for kind, _ in city.told()] == ["case.created", "case.recovered"]
+    city.command("v1", "verdict", {"case": city.one(cases)["number"], "verdict": "confirmed"}, at=2 * MIN)
+    assert (city.one(incidents)["state"], city.one(alarms)["state"]) == ("closed", "closed")
+    city.raises("hydrant_tilted", HYDRANTS[0], at=3 * MIN)
+    assert city.kinds() == {"case": 2}
+
+
+def test_a_false_alarm_ends_the_incident_and_silences_what_still_holds(city: City) -> None:
+    city.raises("hydrant_tilted", HYDRANTS[0], at=0)
+    number = city.one(cases)["number"]
+    city.command("v1", "verdict", {"case": number, "verdict": "false_alarm", "stage": ""}, "现场正常", at=MIN)
+    case = city.one(cases)
+    assert (case["stage"], case["verdict"], case["verdict_reason"]) == ("void", "false_alarm", "现场正常")
+    assert case["closed_at"] == T0 + MIN
+    assert (city.one(incidents)["state"], city.one(alarms)["state"]) == ("rejected", "unack")
+    city.clears("hydrant_tilted", HYDRANTS[0], at=2 * MIN)
+    assert city.one(alarms)["state"] == "closed"
+
+
+# --- life safety --------------------------------------------------------------------------------------------------
+
+
+def test_a_power_cut_with_trapped_passengers_is_one_incident_and_a_rescue_each(city: City) -> None:
+    city.raises("elevator_mains_lost", "lift-a1", "lift-a2", at=0)
+    city.raises("elevator_trapped", "lift-a1", "lift-a2", at=15 * S)
+    assert city.kinds() == {"rescue": 2}
+    assert len(city.rows(incidents)) == 1
+    assert {row["why"] for row in city.rows(alarms)} == {"first", "same_building"}
+    assert all(row["deadline"] - row["opened_at"] == 30 * MIN for row in city.rows(cases))
+    assert [(kind, data["urgency"], data["device"]) for kind, data in city.told()] == [
+        ("rescue.created", "life", "lift-a1"), ("rescue.created", "life", "lift-a2")]  # fmt: skip
+    city.raises("elevator_trapped", "lift-b1", at=20 * S)
+    assert len(city.rows(incidents)) == 2
+
+
+def test_a_power_cut_with_empty_cars_orders_nothing(city: City) -> None:
+    city.raises("elevator_mains_lost", "lift-a1", "lift-a2", at=0)
+    city.step(60 * MIN)
+    city.clears("elevator_mains_lost", "lift-a1", "lift-a2", at=61 * MIN)
+    city.step(100 * MIN)
+    assert city.rows(cases) == []
+    assert city.one(incidents)["state"] == "closed"
+
+
+def test_a_rescue_is_not_merged_into_a_case_of_the_same_elevator(city: City) -> None:
+    city.raises("elevator_door_failure", "lift-a1", at=0)
+    city.raises("elevator_trapped", "lift-a1", at=MIN)
+    assert city.kinds() == {"case": 1, "rescue": 1}
+    assert len(city.rows(incidents)) == 1
+
+
+def test_rescued_and_closed_are_two_clocks_and_a_second_trapping_runs_on(city: City) -> None:
+    city.raises("elevator_trapped", "lift-a1", at=0)
+    city.clears("elevator_trapped", "lift-a1", at=5 * MIN)
+    rescue = city.one(cases)
+    assert (rescue["rescued_at"], rescue["closed_at"], rescue["stage"]) == (T0 + 5 * MIN, None, "reported")
+    city.raises("elevator_trapped", "lift-a1", at=6 * MIN)
+    assert city.one(cases)["rescued_at"] is None
+    assert [(kind, data["active"]) for kind, data in city.told()] == [
+        ("rescue.created", True), ("case.recovered", False), ("case.updated", True)]  # fmt: skip
+    assert all(row["urgent"] for row in city.rows(outbox))
+
+
+def test_an_acknowledged_rescue_that_chatters_stays_one(city: City) -> None:
+    city.raises("elevator_trapped", "lift-a1", at=0)
+    city.command("a1", "acknowledge", {"alarm": 1}, at=10 * S)
+    city.clears("elevator_trapped", "lift-a1", at=MIN)
+    city.raises("elevator_trapped", "lift-a1", at=2 * MIN)
+    assert city.kinds() == {"rescue": 1}
+    assert city.one(alarms)["count"] == 2
+
+
+def test_after_a_finished_rescue_the_next_trapping_is_a_new_one(city: City) -> None:
+    city.raises("elevator_trapped", "lift-a1", at=0)
+    city.command("v1", "verdict", {"case": city.one(cases)["number"], "verdict": "confirmed"}, at=3 * MIN)
+    city.clears("elevator_trapped", "lift-a1", at=5 * MIN)
+    assert city.one(alarms)["state"] == "closed"
+    city.raises("elevator_trapped", "lift-a1", at=6 * MIN)
+    assert city.kinds() == {"rescue": 2}
+
+
+# --- maintenance --------------------------------------------------------------------------------------------------
+
+
+def test_maintenance_stays_ours_and_closes_itself(city: City) -> None:
+    city.raises("hydrant_offline", HYDRANTS[0], HYDRANTS[1], at=0)
+    assert city.kinds() == {"maintenance": 2}, "two devices offline are two devices' troubles"
+    assert {(row["owner_system"], row["stage"]) for row in city.rows(cases)} == {("native", "dispatched")}
+    city.clears("hydrant_offline", HYDRANTS[0], at=10 * MIN)
+    city.raises("hydrant_offline", HYDRANTS[0], at=15 * MIN)
+    city.clears("hydrant_offline", HYDRANTS[0], HYDRANTS[1], at=20 * MIN)
+    assert {row["stage"] for row in city.rows(cases)} == {"feedback"}
+    city.step(51 * MIN)
+    assert {row["stage"] for row in city.rows(cases)} == {"closed"}
+    assert city.kinds() == {"maintenance": 2}
+    assert city.rows(outbox) == []
+
+
+def test_maintenance_never_joins_what_concerns_the_city(city: City) -> None:
+    city.raises("hydrant_tilted", HYDRANTS[0], at=0)
+    city.raises("hydrant_offline", HYDRANTS[0], at=MIN)
+    assert city.kinds() == {"case": 1, "maintenance": 1}
+    assert [row["kind"] for row in city.rows(incidents)] == ["case", "maintenance"]
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_bad_transitions_are_counted_and_the_rest_goes_on(city: City) -> None:
+    writer = city.writers[0]
+    writer.append(Kind.TRANSITION, T0, b"{not json")
+    writer.append(Kind.TICK, T0, b"{}")
+    strange = msgspec.structs.replace(city.transition("hydrant_tilted", "hyd-000", Edge.RAISE, 0), rule="nobody's")
+    again = city.transition("hydrant_tilted", HYDRANTS[0], Edge.RAISE, 0)
+    city.put(strange, again, again, city.transition("hydrant_tilted", HYDRANTS[1], Edge.CLEAR, 0))
+    city.step(S)
+    assert {key: value for key, value in city.desk.counters.values.items() if key.startswith("dropped")} == {
+        "dropped_total{reason=malformed_transition}": 2,
+        "dropped_total{reason=unknown_rule}": 1,
+        "dropped_total{reason=repeated}": 1,
+        "dropped_total{reason=no_open_alarm}": 1,
+    }
+    assert "offset 0" in city.desk.counters.warnings[0]
+    assert city.kinds() == {"case": 1}
+
+
+def test_a_device_nobody_knows_still_gets_its_case_for_a_person_to_place(city: City) -> None:
+    city.raises("hydrant_tilted", "hyd-999", at=0)
+    case = city.one(cases)
+    assert (case["subject"], case["cell"], case["area_owner"]) == ("hyd-999", "", "")
+    assert any("hyd-999" in warning for warning in city.desk.counters.warnings)
+
+
+def test_without_a_registry_the_desk_waits(tmp_path: Path) -> None:
+    city = City(tmp_path)
+    (city.layout.run / "active.json").unlink()
+    city.raises("hydrant_tilted", HYDRANTS[0], at=0)
+    assert city.rows(alarms) == []
+    city = City(tmp_path)
+    city.step(S)
+    assert len(city.rows(alarms)) == 1
+
+
+def test_a_missing_rule_set_stops_the_desk_before_it_drops_an_alarm(city: City) -> None:
+    lost = msgspec.structs.replace(city.transition("hydrant_tilted", "hyd-000", Edge.RAISE, 0), ruleset="0" * 64)
+    city.put(lost)
+    for _ in range(2):
+        with pytest.raises(NotFound, match="0000"):
+            city.step(S)
+    assert city.rows(consumed) == []
+
+
+def test_a_newer_database_is_refused_clearly(city: City) -> None:
+    with city.store.begin() as connection:
+        connection.execute(sql("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(StorageError, match="schema 9999 is newer than this program's"):
+        upgrade(city.store)
+    with city.store.begin() as connection:
+        connection.execute(sql(f"UPDATE alembic_version SET version_num = '{HEAD}'"))
+
+
+def test_migrations_make_the_schema_that_the_code_has(city: City) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    assert revision(city.store) == HEAD
+    with city.store.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        made = set(connection.execute(sql("SELECT name FROM sqlite_master WHERE type = 'index'")).scalars())
+    assert {index.name for table in metadata.tables.values() for index in table.indexes} <= made
+
+
+def test_readers_cannot_write_and_a_missing_database_is_said(city: City, tmp_path: Path) -> None:
+    reader = open_store(city.layout.database, readonly=True)
+    with pytest.raises(Exception, match="readonly"), reader.begin() as connection:
+        connection.execute(alarms.delete())
+    reader.dispose()
+    with pytest.raises(NotFound, match="no database yet"):
+        open_store(tmp_path / "nowhere.db", readonly=True)
+
+
+def test_a_full_disk_writes_nothing_and_loses_nothing(city: City) -> None:
+    city.step(0)
+    with city.store.connect() as connection:
+        pages = connection.execute(sql("PRAGMA page_count")).scalar_one()
+        connection.execute(sql(f"PRAGMA max_page_count = {pages}"))
+    city.put(*(city.transition("hydrant_tilted", f"hyd-{n:03d}", Edge.RAISE, n) for n in range(300)))
+    with pytest.raises(StorageError, match="full"):
+        city.step(S)
+    assert city.rows(alarms) == []
+    with city.store.connect() as connection:
+        connection.execute(sql("PRAGMA max_page_count = 1000000"))
+    city.step(S)
+    assert len(city.rows(alarms)) == 300
+
+
+# --- nothing twice, nothing forgotten -----------------------------------------------------------------------------
+
+RULE_SUBJECTS = [
+    *((rule, subject) for rule in ("hydrant_pressure_low", "hydrant_tilted", "hydrant_offline") for subject in HYDRANTS[:4]),
+    *((rule, subject) for rule in ("elevator_trapped", "elevator_mains_lost", "elevator_door_failure") for subject in LIFTS),
+]  # fmt: skip
+EVENT = st.one_of(
+    st.tuples(st.sampled_from(["raise", "clear"]), st.sampled_from(RULE_SUBJECTS)),
+    st.tuples(st.sampled_from(["acknowledge", "confirm", "reject"]), st.integers(1, 8)),
+    st.tuples(st.just("verdict"), st.tuples(st.integers(1, 5), st.sampled_from(["confirmed", "false_alarm", "duplicate"]))),
+    st.tuples(st.just("restart"), st.none()),
+)  # fmt: skip
+HISTORY = st.lists(st.tuples(st.sampled_from([S, 20 * S, 4 * MIN, 31 * MIN]), EVENT), max_size=25)
+
+
+def play(city: City, history: list[tuple[int, tuple[str, object]]]) -> None:
+    at = 0
+    for n, (later, (what, about)) in enumerate(history):
+        at += later
+        match what, about:
+            case "raise" | "clear", (str() as rule, str() as subject):
+                city.put(city.transition(rule, subject, Edge(what), at))
+            case "verdict", (int() as number, verdict):
+                cases_there = [row["number"] for row in city.rows(cases) if row["id"] == number]
+                body = {"case": cases_there[0] if cases_there else "CB-none", "verdict": verdict}
+                city.command(f"c{n:03d}", "verdict", body, "why", at=at)
+            case "restart", _:
+                city.restart()
+            case _:
+                city.command(f"c{n:03d}", what, {"alarm" if what == "acknowledge" else "incident": about}, "why", at=at)
+        city.step(at)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(history=HISTORY)
+def test_any_history_keeps_the_invariants_and_its_journal_tells_it_again(
+    history: list[tuple[int, tuple[str, object]]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    city = City(tmp_path_factory.mktemp("city"))
+    play(city, history)
+    invariants(city)
+    again = open_store(city.layout.root / "again.db")
+    desk = city.make_desk(again)
+    desk.start()
+    assert replay(city.store, desk) == len(city.rows(journal))
+    told, retold = everything(city.store), everything(again)
+    for name in told:
+        assert told[name] == retold[name], name
+    again.dispose()
+    city.close()
+
+
+def test_an_aborted_transaction_leaves_nothing_and_the_next_does_it_all(city: City) -> None:
+    city.raises("hydrant_tilted", HYDRANTS[0], at=0)
+    city.command("a1", "acknowledge", {"alarm": 1}, at=S)
+    before = everything(city.store)
+    with city.store.begin() as connection:  # the timeline refuses the third line of the next transaction
+        connection.execute(sql(
+            "CREATE TRIGGER stop BEFORE INSERT ON timeline WHEN (SELECT count(*) FROM timeline) > "
+            f"{len(before['timeline']) + 2} BEGIN SELECT RAISE(ABORT, 'stopped'); END"
+        ))  # fmt: skip
+    city.mailbox.put(msgspec.convert(
+        {"id": "a2", "kind": "acknowledge", "actor": "li", "at": T0, "body": {"alarm": 2}, "reason": ""},
+        type(city.mailbox).take.__globals__["Command"],
+    ))  # fmt: skip
+    city.put(city.transition("hydrant_tilted", HYDRANTS[1], Edge.RAISE, MIN),
+             city.transition("elevator_trapped", LIFTS[0], Edge.RAISE, MIN))  # fmt: skip
+    for _ in range(2):
+        with pytest.raises(StorageError, match="stopped"):
+            city.step(MIN)
+        assert everything(city.store) == before
+    with city.store.begin() as connection:
+        connection.execute(sql("DROP TRIGGER stop"))
+    assert city.step(MIN) == 3
+    assert city.kinds() == {"case": 2, "rescue": 1}
+    assert city.step(MIN) == 0
+    assert city.mailbox.take() == ([], [])
+
+
+# --- the process --------------------------------------------------------------------------------------------------
+
+
+def process(city: City) -> subprocess.Popen[bytes]:
+    program = "import sys; from citybrain.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["desk", "--data", str(city.layout.root)]
+    return subprocess.Popen([sys.executable, "-c", program, *arguments])
+
+
+def test_killed_again_and_again_the_process_doubles_and_forgets_nothing(tmp_path: Path) -> None:
+    city = City(tmp_path, DeskConfig())
+    city.layout.write_run(Run(clock=system_clock(), shards=2))
+    feeding = Writer(tmp_path / "spare")
+    feeding.close()
+    total = 0
+    for round_ in range(4):
+        running = process(city)
+        try:
+            for n in range(60):
+                city.put(city.transition("hydrant_tilted", f"hyd-{round_}{n:03d}", Edge.RAISE, n))
+                city.put(city.transition("elevator_trapped", f"lift-{round_}{n:03d}", Edge.RAISE, n))
+                total += 2
+            wanted = max(1, total - 119 + 40 * round_)  # somewhere in the middle of its work
+            eventually(lambda wanted=wanted: len(city.rows(alarms)) >= min(wanted, total), 30, "alarms")  # type: ignore[misc]
+            running.send_signal(signal.SIGKILL)
+        finally:
+            running.kill()
+            running.wait(10)
+    running = process(city)
+    try:
+        eventually(lambda: len(city.rows(alarms)) == total, 30, "every alarm")
+        eventually(lambda: any(b.process == "desk" and b.pid == running.pid and b.gauges.get("alarms_open") == total
+                               for b in read_heartbeats(city.layout.run)), 10, "a heartbeat")  # fmt: skip
+    finally:
+        end(running)
+    assert running.returncode == 0
+    assert city.kinds() == {"case": total // 2, "rescue": total // 2}
+    assert len(city.rows(journal)) == total + 1  # and the registry
+    assert len({row["subject"] for row in city.rows(cases)}) == total
+    assert [row["n"] for row in city.rows(outbox)] == list(range(1, total + 1))
+    assert len(city.rows(timeline)) >= total
+    city.close()

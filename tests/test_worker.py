@@ -1,0 +1,200 @@
+"""The worker as a real process: killed at any moment, it writes what an engine that was never killed writes."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from citybrain.counters import Counters, Heartbeat, read_heartbeats
+from citybrain.layout import Layout
+from citybrain.model import Lane, Transition
+from citybrain.segments import Reader, Writer
+from streams.engine import Engine
+from streams.runtimes.snapshots import KEPT, restored_engine, snapshot_paths, write_snapshot
+from streams.runtimes.worker import ShardWorker, last_written
+from tests.conftest import end, eventually
+from tests.engine_logs import OTHER_RULES, REGISTRIES, RULES, START, Log
+from tests.faulty_files import LossyFiles
+from tests.reference_engine import Reference
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    found = Layout(tmp_path)
+    found.make()
+    return found
+
+
+def busy_log(layout: Layout, frames: int, seed: int) -> Log:
+    """A log in which hydrants have low pressure, spend water and report codes, over and over."""
+    log, dice = Log(layout), random.Random(seed)
+    log.registry(START, REGISTRIES[0])
+    log.ruleset(START, *RULES)
+    for number in range(frames):
+        now = START + number * 9_000
+        device = dice.choice(["a1", "a2", "b1"])
+        metric, values = dice.choice(
+            [("pressure_mpa", (2, 4, 6)), ("flow_lps", (0, 5.5, 7)), ("fault_code", (0, 2, 3))]
+        )
+        lane = Lane.EVENT if metric == "fault_code" else Lane.TELEMETRY
+        log.frame(now, device[0], lane, [(device, metric, now, dice.choice(values))])
+        if number % 7 == 0:
+            log.tick(now, START)
+        if number == frames // 2:
+            log.ruleset(now, *OTHER_RULES)
+    return log
+
+
+def append(writer: Writer, log: Log, low: int, high: int) -> None:
+    for record in log.records[low:high]:
+        writer.append(record.kind, record.received_at, record.payload)
+    writer.commit()
+
+
+def written(layout: Layout) -> list[Transition]:
+    return [msgspec.json.decode(record.payload, type=Transition) for record in Reader(layout.transitions(0))]
+
+
+@contextmanager
+def worker(layout: Layout) -> Iterator[subprocess.Popen[bytes]]:
+    argv = [sys.executable, "-m", "citybrain", "worker", "--data", str(layout.root), "--shards", "0"]
+    with subprocess.Popen([*argv, "--snapshot-s", "0.05"]) as process:
+        try:
+            yield process
+        finally:
+            end(process)
+
+
+def snapshot_offset(layout: Layout) -> int:
+    return max((int(path.stem) for path in snapshot_paths(layout.engine(0))), default=0)
+
+
+def beat(layout: Layout) -> Heartbeat | None:
+    return next((found for found in read_heartbeats(layout.run) if found.process == "worker"), None)
+
+
+def test_a_worker_killed_again_and_again_writes_every_transition_once(layout: Layout) -> None:
+    log, dice = busy_log(layout, 1500, seed=4), random.Random(4)
+    expected = Engine(0, layout).process(log.records)
+    due = [sum(item.source < offset for item in expected) for offset in range(len(log.records) + 1)]
+    writer = Writer(layout.log(0))
+    writer.start()
+    sent = 0
+    for life in range(6):
+        with worker(layout) as process:
+            for _ in range(dice.randrange(1, 5)):
+                append(writer, log, sent, sent := sent + dice.randrange(1, 40))
+                eventually(lambda: len(written(layout)) >= due[sent], 20)
+            if life % 2:
+                eventually(lambda: snapshot_offset(layout) == sent)
+            for _ in range(dice.randrange(5)):
+                append(writer, log, sent, sent := sent + dice.randrange(1, 40))
+            process.kill()
+    with worker(layout) as process:
+        append(writer, log, sent, len(log.records))
+        eventually(lambda: len(written(layout)) >= len(expected), 20, "all transitions written")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(2) == 0
+    writer.close()
+    assert written(layout) == expected
+    last = beat(layout)
+    assert last is not None
+    assert last.counters["sent_total"] == len(expected)
+    assert last.counters["received_total"] == 1500
+    assert last.details["shards"]["0"]["offset"] == len(log.records)
+    assert len(snapshot_paths(layout.engine(0))) == KEPT
+
+
+def test_a_worker_without_rules_waits_and_stops_when_told(layout: Layout) -> None:
+    with worker(layout) as process:
+        eventually(lambda: beat(layout) is not None)
+        writer = Writer(layout.log(0))
+        writer.start()
+        append(writer, busy_log(layout, 40, seed=1), 2, 30)
+        writer.close()
+        eventually(lambda: (found := beat(layout)) and found.counters.get("received_total", 0) > 20, 20)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(2) == 0
+    last = beat(layout)
+    assert last is not None
+    assert last.counters["dropped_total{reason=inactive}"] == last.counters["received_total"]
+
+
+def test_a_bad_snapshot_is_set_aside_and_an_older_one_is_used(layout: Layout) -> None:
+    log = busy_log(layout, 60, seed=2)
+    engine = Engine(0, layout)
+    for cut in range(20, 61, 20):
+        engine.process(log.records[engine.offset : cut])
+        write_snapshot(engine, layout.engine(0))
+    old, new = snapshot_paths(layout.engine(0))
+    new.write_bytes(new.read_bytes()[:-100])
+    found, warnings = restored_engine(0, layout)
+    assert found.offset == 40
+    assert "snapshot is damaged" in warnings[0]
+    assert new.with_suffix(".bad").exists()
+    old.write_bytes(b"")
+    found, warnings = restored_engine(0, layout)
+    assert (found.offset, len(warnings)) == (0, 1)
+    assert Reference(0, layout).process(log.records) == found.process(log.records)
+
+
+def test_a_full_disk_delays_transitions_and_loses_none(layout: Layout) -> None:
+    log, files = busy_log(layout, 300, seed=3), LossyFiles()
+    writer = Writer(layout.log(0), files)
+    writer.start()
+    append(writer, log, 0, len(log.records))
+    counters = Counters("worker", layout.run)
+    shard = ShardWorker(0, layout, counters, 30.0, files)
+    shard.start()
+    files.capacity = files.used() + 500
+    assert shard.step()  # the engine took them; what it found waits
+    assert not shard.step()
+    assert counters.values["errors_total{stage=disk_full}"] == 2
+    assert "no space left" in counters.warnings[0]
+    files.capacity = None
+    shard.step()
+    shard.stop()
+    found = [msgspec.json.decode(record.payload, type=Transition) for record in Reader(layout.transitions(0), 0, files)]
+    assert found == Engine(0, layout).process(log.records)
+
+
+def test_missing_offsets_are_told(layout: Layout) -> None:
+    log = busy_log(layout, 30, seed=3)
+    folder = layout.log(0)
+    first, second = Writer(folder), Writer(folder)
+    first.start()
+    append(first, log, 0, 10)
+    first.close()
+    (folder / "00000000000000000015.seg").write_bytes(b"")  # what recovery leaves behind a damaged segment
+    second.start()
+    append(second, log, 15, 20)
+    second.close()
+    counters = Counters("worker", layout.run)
+    shard = ShardWorker(0, layout, counters, 30.0)
+    shard.start()
+    while shard.step():
+        pass
+    shard.stop()
+    assert "log 0: offsets 10..14 are missing" in counters.warnings
+    assert counters.values["missing_total"] == 5
+
+
+def test_what_was_written_last_is_found_across_segments(layout: Layout) -> None:
+    assert last_written(layout, 0) == (-1, -1)
+    log = busy_log(layout, 60, seed=2)
+    found = Engine(0, layout).process(log.records)
+    writer = Writer(layout.transitions(0), segment_bytes=2_000)
+    writer.start()
+    for item in found[:7]:
+        writer.append(5, item.received_at, msgspec.json.encode(item))
+        writer.commit()
+    writer.close()
+    assert last_written(layout, 0) == (found[6].source, found[6].index)
