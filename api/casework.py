@@ -12,7 +12,7 @@ from api.cases.clocks import Calendar, deadline
 from api.cases.places import Atlas
 from api.ledger import Ledger, Row, text
 from api.platforms import events
-from citybrain.db.schema import cases, outbox
+from citybrain.db.schema import cases
 from citybrain.machine import Moved
 from rules.categories import Category, Clock
 from streams.incidents import Member, Subject
@@ -206,19 +206,17 @@ class Casework:
         data = events.case_data(
             case, self.atlas.unit_name(case["unit"]), self.atlas.unit_name(case["area_owner"]), active=active
         )
-        self.ledger.connection.execute(
-            outbox.insert().values(
-                id=name,
-                n=n,
-                case_id=id,
-                type=kind,
-                body=events.encode(name, kind, self.now_ms, data).decode(),
-                urgent=int(case["kind"] == "rescue"),
-                created_at=self.now_ms,
-                state="pending",
-                attempts=0,
-                next_at=0,
-            )
+        self.ledger.post(
+            id=name,
+            n=n,
+            case_id=id,
+            type=kind,
+            body=events.encode(name, kind, self.now_ms, data).decode(),
+            urgent=int(case["kind"] == "rescue"),
+            created_at=self.now_ms,
+            state="pending",
+            attempts=0,
+            next_at=0,
         )
         self.ledger.counts["messages"] += 1
 

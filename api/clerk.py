@@ -118,10 +118,11 @@ class Clerk:
 
     def _rescue(self, incident: Row, alarm: int) -> None:
         """Open the rescue of a life-safety alarm: now, whatever becomes of the incident it is linked to."""
-        rows = [row for row in self.ledger.members(incident["id"]) if row["id"] == alarm]
-        member = self._member(rows[0])
+        row = self.ledger.get(alarms, alarm)
+        assert row is not None
+        member = self._member(row)
         subject = Subject(member, member.rule.case.category, member, "life_safety")
-        self.casework.open("rescue", incident, subject, [evidence_line(rows[0], member)])
+        self.casework.open("rescue", incident, subject, [evidence_line(row, member)])
 
     def _raised_again(self, rule: Rule, alarm: Row, transition: Transition) -> None:
         change = alarm_life.decide(alarm["state"], "raise", self._facts(rule), self.now_ms, self.setting.quiet_ms)
@@ -181,7 +182,7 @@ class Clerk:
 
     def _ended(self, incident: int) -> None:
         """Begin the quiet time, where nothing of an incident holds any more."""
-        if any(row["active"] for row in self.ledger.members(incident)):
+        if self.ledger.any_active(incident):
             return
         self.ledger.set(incidents, incident, quiet_at=self.now_ms + self.setting.quiet_ms)
         case = self.ledger.case_of(incident)
@@ -273,7 +274,7 @@ class Clerk:
             return
         if verdict == "false_alarm":
             self.advance(incident, "found_false")
-        elif not any(row["active"] for row in self.ledger.members(incident["id"])):
+        elif not self.ledger.any_active(incident["id"]):
             self.advance(incident, "finished")
 
     # --- timers

@@ -13,14 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Engine, and_, func, select, union_all, update
-from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy import Connection, Engine, and_, func, select, union_all
 
 from api.cases.clocks import Calendar, load_calendar
 from api.cases.places import Atlas
 from api.casework import CaseConfig
 from api.clerk import Clerk, Setting
-from api.instructions import follow, known
+from api.instructions import follow
 from api.ledger import Ledger, text
 from api.outbox import Attempt, Outgoing
 from api.rulebook import Rulebook
@@ -208,7 +207,7 @@ class Desk:
         body: Any = msgspec.json.decode(one.body) if one.body is not None else None
         if one.source == "command":
             command = msgspec.convert(body, Command)
-            if known(clerk, command.id):
+            if ledger.command(command.id) is not None:
                 ledger.counts["commands_repeated"] += 1
                 return
             follow(clerk, command)
@@ -220,9 +219,7 @@ class Desk:
             self._delivered(ledger, msgspec.convert(body, Attempt), now_ms)
         else:
             self._adopt(ledger, body["registry"])
-        ledger.connection.execute(
-            journal.insert().values(at=now_ms, source=one.source, shard=one.shard, offset=one.offset, body=one.body)
-        )
+        ledger.record(now_ms, one.source, one.shard, one.offset, one.body)
 
     def _setting(self) -> Setting:
         return Setting(self._rulebook, self._atlas, self.categories, self._cases, self.config.quiet_ms)
@@ -246,12 +243,7 @@ class Desk:
                 self._decide(clerk, transition)
             else:
                 ledger.drops["repeated"] += 1
-        values = {"offset": record.offset + 1, "source": name[0], "index": name[1]}
-        ledger.connection.execute(
-            upsert(consumed)
-            .values(shard=shard, **values)
-            .on_conflict_do_update(index_elements=[consumed.c.shard], set_=values)
-        )
+        ledger.consume(shard, record.offset + 1, name)
 
     def _decide(self, clerk: Clerk, transition: Transition) -> None:
         """Let the clerk decide; what it cannot is set aside loudly, because a desk that stops helps nobody."""
@@ -264,27 +256,21 @@ class Desk:
 
     def _adopt(self, ledger: Ledger, name: str) -> None:
         self._atlas = self._read_atlas(name)
-        ledger.connection.execute(
-            upsert(meta)
-            .values(key="registry", value=name)
-            .on_conflict_do_update(index_elements=[meta.c.key], set_={"value": name})
-        )
+        ledger.keep("registry", name)
 
     def _delivered(self, ledger: Ledger, result: Attempt, now_ms: int) -> None:
-        row = ledger.connection.execute(select(outbox).where(outbox.c.id == result.id)).first()
-        if row is None or row.state != "pending":
+        row = ledger.get(outbox, result.id)
+        if row is None or row["state"] != "pending":
             return
         done = result.outcome == "delivered"
-        ledger.connection.execute(
-            update(outbox)
-            .where(outbox.c.id == result.id)
-            .values(
-                state="pending" if result.outcome == "retry" else result.outcome,
-                attempts=row.attempts + 1,
-                next_at=result.next_at,
-                delivered_at=now_ms if done else None,
-                last_error=result.error,
-            )
+        ledger.set(
+            outbox,
+            result.id,
+            state="pending" if result.outcome == "retry" else result.outcome,
+            attempts=row["attempts"] + 1,
+            next_at=result.next_at,
+            delivered_at=now_ms if done else None,
+            last_error=result.error,
         )
         ledger.counts["delivered" if done else f"delivery_{result.outcome}"] += 1
         if result.outcome == "dead":

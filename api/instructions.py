@@ -14,7 +14,7 @@ import msgspec
 from api.cases.cases import FINISHED, judged, mirror, parse_stage
 from api.clerk import Clerk
 from api.ledger import Row
-from citybrain.db.schema import alarms, cases, commands, incidents
+from citybrain.db.schema import alarms, cases, incidents
 from citybrain.errors import CityBrainError, NotFound, TransitionError, UsageError
 from citybrain.mailbox import Command
 from streams import alarms as alarm_life
@@ -48,11 +48,6 @@ class _Verdict(msgspec.Struct, frozen=True):
     external_id: str | None = None
 
 
-def known(clerk: Clerk, id: str) -> bool:
-    """Return whether a command has been decided before."""
-    return clerk.ledger.connection.execute(commands.select().where(commands.c.id == id)).first() is not None
-
-
 def follow(clerk: Clerk, command: Command) -> bool:
     """Do what a command says, or refuse it, and record which; return whether it was done."""
     try:
@@ -63,17 +58,15 @@ def follow(clerk: Clerk, command: Command) -> bool:
     except CityBrainError as error:
         message, result = str(error), "refused"
     clerk.ledger.counts[f"commands_{result}"] += 1
-    clerk.ledger.connection.execute(
-        commands.insert().values(
-            id=command.id,
-            kind=command.kind,
-            actor=command.actor,
-            at=command.at,
-            applied_at=clerk.now_ms,
-            result=result,
-            message=message,
-            reason=command.reason,
-        )
+    clerk.ledger.decided(
+        id=command.id,
+        kind=command.kind,
+        actor=command.actor,
+        at=command.at,
+        applied_at=clerk.now_ms,
+        result=result,
+        message=message,
+        reason=command.reason,
     )
     return result == "applied"
 

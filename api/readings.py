@@ -18,8 +18,10 @@ from citybrain.errors import CityBrainError, NotFound
 from citybrain.layout import Layout
 from citybrain.model import Device, Gateway, Registry
 from citybrain.segments import Reader, Record
+from streams.engine import latest_from_snapshot
 from streams.log import F64, I64, Control, Kind, decode_control, frame_arrays, frame_head
 from streams.registry import METRIC_NAMES, Index, decode_registry
+from streams.runtimes.snapshots import snapshot_paths
 
 FUTURE_MS = 2000  # a sensor's clock may run ahead of ours by this much
 NEVER = np.iinfo(np.int64).min
@@ -179,9 +181,7 @@ class Latest:
         return self._shards[number]
 
     def _restore(self, shard: Shard) -> None:
-        from streams.engine import latest_from_snapshot  # noqa: PLC0415  pulls in the kernels; not needed without one
-
-        for path in sorted(self.layout.engine(shard.number).glob("[!.]*"), reverse=True):
+        for path in reversed(snapshot_paths(self.layout.engine(shard.number))):
             try:
                 name, offset, time, value = latest_from_snapshot(path.read_bytes())
                 index = self._index(name)

@@ -110,18 +110,14 @@ def not_live(beats: Mapping[str, Heartbeat], now_ms: int | None = None) -> list[
 
 
 def ready(beat: Heartbeat) -> bool:
-    """Return whether a process does its work; ingest only does while the broker has it."""
-    return _connected(beat) and beat.gauges.get("ready", 1.0) >= 1.0
-
-
-def _connected(beat: Heartbeat) -> bool:
-    return beat.process != "ingest" or beat.gauges.get("connected", 0.0) >= 1.0
+    """Return whether a process does its work: ingest while the broker has it, worker and desk once they measure lag."""
+    if beat.process == "ingest":
+        return beat.gauges.get("connected", 0.0) >= 1.0
+    return beat.process not in PIPELINE or "lag_s" in beat.gauges
 
 
 def _why(beat: Heartbeat) -> str:
-    if not _connected(beat):
-        return "not connected to the broker"
-    return beat.warnings[-1] if beat.warnings else "starting"
+    return "not connected to the broker" if beat.process == "ingest" else "starting"
 
 
 def _site(request: Request) -> Site:

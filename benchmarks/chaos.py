@@ -36,7 +36,9 @@ from citybrain.db.store import open_store
 from citybrain.layout import Layout
 from citybrain.model import Lane
 from citybrain.segments import SUFFIX, Reader
+from citybrain.storage import OS_FILES
 from streams.log import Kind, frame_head
+from streams.registry import Index, decode_registry
 
 VICTIMS = ("broker", "ingest", "worker", "desk", "api", "simulate")
 SETTLE_MS = 5 * 60_000  # platform time a cause gets to become a case
@@ -54,37 +56,29 @@ def logged(layout: Layout, shards: int) -> Counter[tuple[Key, int]]:
     return found
 
 
-def produced(layout: Layout) -> dict[tuple[str, int], int]:
-    """Return the highest seq that each spool committed, by (gateway, lane): the tail of its last segment."""
-    result: dict[tuple[str, int], int] = {}
-    for folder in sorted((layout.root / "gateways").iterdir()):
-        for lane in Lane:
-            names = sorted(path for path in (folder / lane.topic).glob(f"*{SUFFIX}"))
-            if names:
-                last = int(names[-1].name[: -len(SUFFIX)])
-                records = Reader(folder / lane.topic, last).read(1 << 30)
-                result[folder.name, int(lane)] = records[-1].offset if records else last - 1
-    return result
-
-
-def acknowledged_epochs(found: Counter[tuple[Key, int]]) -> dict[tuple[int, int], dict[int, set[int]]]:
-    """Return the logged seqs by (gateway, lane) and epoch."""
-    seqs: dict[tuple[int, int], dict[int, set[int]]] = {}
-    for (gateway, lane, epoch), seq in found:
-        seqs.setdefault((gateway, lane), {}).setdefault(epoch, set()).add(seq)
-    return seqs
+def spooled(folder: Path) -> tuple[int, set[int]]:
+    """Return the highest seq that a lane's spool committed, and those that wait in it for their acknowledgement."""
+    last = max((int(path.name[: -len(SUFFIX)]) for path in folder.glob(f"*{SUFFIX}")), default=1)
+    records = Reader(folder, last).read(1 << 30)
+    highest = records[-1].offset if records else last - 1
+    return highest, set(range(max(OS_FILES.marked(folder / "floor"), 1), highest + 1))
 
 
 def count_lost(layout: Layout, found: Counter[tuple[Key, int]]) -> tuple[int, int]:
-    """Return (messages produced, messages not in the log)."""
-    seqs = acknowledged_epochs(found)
-    gateways = sorted({name for name, _ in produced(layout)})
-    total = missing = 0
-    for (name, lane), highest in produced(layout).items():
-        taken = set().union(*seqs.get((gateways.index(name), lane), {}).values())
-        total += highest
-        missing += len(set(range(1, highest + 1)) - taken)
-    return total, missing
+    """Return (messages produced, messages that are neither in the log nor in a spool any more)."""
+    active = layout.read_active()
+    assert active is not None, "the system was live, so something was activated"
+    index = Index(decode_registry(layout.get_blob(active.registry)), active.registry)
+    taken: dict[tuple[int, int], set[int]] = {}
+    for (gateway, lane, _epoch), seq in found:
+        taken.setdefault((gateway, lane), set()).add(seq)
+    total = lost = 0
+    for name, number in index.gateway_index.items():
+        for lane in Lane:
+            highest, waiting = spooled(layout.gateway(name) / lane.topic)
+            total += highest
+            lost += len(set(range(1, highest + 1)) - taken.get((number, int(lane)), set()) - waiting)
+    return total, lost
 
 
 def read_truth(layout: Layout) -> list[dict[str, Any]]:

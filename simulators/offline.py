@@ -166,9 +166,8 @@ def summary(offline: Offline) -> dict[str, Any]:
     store = offline.pipeline.store
     assert store is not None  # it was started
     with store.begin() as connection:
-        orders: dict[str, int] = {}
-        for kind, count in connection.execute(select(cases.c.kind, func.count()).group_by(cases.c.kind)):
-            orders[kind] = count
+        rows = connection.execute(select(cases.c.kind, func.count().label("n")).group_by(cases.c.kind))
+        orders: dict[str, int] = {row.kind: row.n for row in rows}
         counts = {
             name: connection.execute(select(func.count()).select_from(table)).scalar_one()
             for name, table in (("alarms", alarms), ("incidents", incidents))

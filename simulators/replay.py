@@ -19,16 +19,19 @@ import msgspec
 from sqlalchemy import Engine, Row, func, select
 
 from citybrain.cli import Subcommand, emit
-from citybrain.clock import HOUR_MS, monotonic_s, wait_s
+from citybrain.clock import HOUR_MS, MINUTE_MS, monotonic_s, wait_s
 from citybrain.db.schema import alarms, cases, incidents
 from citybrain.errors import UsageError
 from citybrain.layout import Layout
 from citybrain.model import Lane, Reading
+from citybrain.segments import Reader
 from rules.categories import load_categories
 from rules.files import library, load_rules
 from simulators.mapping import FILE, CsvReader, Mapping, Source, load_mapping, registry_of, sources_of
 from simulators.mapping import Row as CsvRow
+from simulators.offline import LazyFiles
 from simulators.pipeline import Pipeline
+from streams.log import Kind, frame_head
 from streams.runtimes.embedded import lock
 
 QUIET_MS = HOUR_MS  # so long after the last reading the desk is asked on; a longer pause in the data is skipped
@@ -63,6 +66,7 @@ class Replay:
         self.now_ms = 0
         self._pending: dict[str, list[Reading]] = {}
         self._silent_ms = 0
+        self._heard_ms = 0
 
     def check(self) -> None:
         """Raise ConfigError for the first file that cannot be replayed, before any is."""
@@ -102,15 +106,19 @@ class Replay:
         self._pending.setdefault(played.source.gateway, []).extend(row.readings)
 
     def _step(self, until_ms: int) -> None:
-        """Send what has gathered, and let one step of platform time pass; after a long silence, jump to `until_ms`."""
+        """Send what has gathered, and let a step of platform time pass.
+
+        In silence steps grow to a minute, and after an hour of it time jumps to `until_ms`: timers are still due.
+        """
         for gateway, readings in self._pending.items():
             self.pipeline.append(gateway, Lane.TELEMETRY, readings, self.now_ms)
         silent = not self._pending
         self._pending.clear()
         self.pipeline.tick(self.now_ms)
         self.pipeline.step(self.now_ms)
-        self._silent_ms = self._silent_ms + self.mapping.step if silent else 0
-        self.now_ms += self.mapping.step
+        self._silent_ms = self.now_ms - self._heard_ms if silent else 0
+        self._heard_ms = self._heard_ms if silent else self.now_ms
+        self.now_ms += max(self.mapping.step, min(self._silent_ms // 4, MINUTE_MS))
         if self._silent_ms >= QUIET_MS:
             self.now_ms = max(self.now_ms, until_ms)
 
@@ -128,6 +136,7 @@ class Replay:
             "readings": sum(played.readings for played in self.played.values()),
             "values": sum(played.values for played in self.played.values()),
             "skipped": dict(skipped),
+            "stored": stored(self.pipeline),
             "dropped": labelled(self.pipeline.ingested.values, "dropped_total", "reason"),
             "waiting": self.pipeline.waiting(),
             "alarms": 0,
@@ -177,6 +186,16 @@ def merged(played: dict[str, Played]) -> Iterator[tuple[str, CsvRow]]:
         yield name, row
 
 
+def stored(pipeline: Pipeline) -> int:
+    """Return how many values the logs hold, by reading them."""
+    return sum(
+        frame_head(record.payload).values
+        for shard in pipeline.shards
+        for record in Reader(pipeline.layout.log(shard))
+        if record.kind == Kind.FRAME
+    )
+
+
 def counts(store: Engine) -> dict[str, int]:
     """Return how many alarms, incidents and cases (rescues among them, maintenance orders not) the desk has."""
     with store.connect() as connection:
@@ -219,7 +238,8 @@ def prepare(mapping_path: Path, paths: list[Path], layout: Layout) -> Replay:
     categories = load_categories(folder / mapping.categories) if mapping.categories else load_categories()
     sources = sources_of(paths)
     units = {category.unit for category in categories.values()}
-    pipeline = Pipeline(layout, registry_of(mapping, sources, units), ruleset, categories)
+    # Nobody waits for an acknowledgement here: disks are synced at the end.
+    pipeline = Pipeline(layout, registry_of(mapping, sources, units), ruleset, categories, files=LazyFiles())
     replay = Replay(mapping, sources, pipeline)
     replay.check()
     return replay
@@ -234,6 +254,7 @@ def play(mapping_path: Path, paths: list[Path], layout: Layout, *, per_file: boo
         file.unlink()
     try:
         replay.run()
+        replay.pipeline.flush()
         warnings = [text for played in replay.played.values() for text in played.reader.table.warnings]
         return replay.report(per_file=per_file), [*warnings, *replay.pipeline.ingested.warnings]
     finally:

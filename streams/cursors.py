@@ -125,7 +125,7 @@ class Cursors:
     def revert(self) -> None:
         """What was taken since the last `settle` is not in the log."""
         for cursor in self._touched.values():
-            pass
+            cursor.expected = cursor.settled
             cursor.recent = {seq: checksum for seq, checksum in cursor.recent.items() if seq < cursor.settled}
         self._touched.clear()
         self.faulted -= self._new_faults

@@ -1,13 +1,14 @@
 """Bodies to arrays: every value checked and given its series number.
 
 Columns go through one compiled loop with the names resolved once; JSON of the plain shape through a compiled parser.
-Whatever is not plain (an unknown name, an escape, more digits than one rounding allows, rubbish) takes the general path
+Whatever is not plain (an unknown name, an escape, a foreign key, rubbish) takes the general path
 over `citybrain.wire.readings_of`, which gives the same results bit for bit and can say what is wrong.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ FAR_MS = 10 * 366 * 86_400_000
 REASONS = ("", "", "unknown_device", "unknown_metric", "wrong_lane", "not_a_number", "out_of_range", "bad_time")
 UNKNOWN_DEVICE, UNKNOWN_METRIC, WRONG_LANE, NOT_A_NUMBER, OUT_OF_RANGE, BAD_TIME = range(2, 8)
 MOST_TABLES = 4096
+NO_SPANS, NO_NUMBERS = np.empty((0, 2), np.int64), np.empty(0)
 LOW = np.array([METRICS[name].low for name in METRIC_NAMES] + [-np.inf])  # the last is for names that are no metric
 HIGH = np.array([METRICS[name].high for name in METRIC_NAMES] + [np.inf])
 _NUMBERS = re.compile(rb'"(v|epoch|seq|floor|sent_at)"\s*:\s*(-?\d{1,16})(?=\s*[,}])')
@@ -121,12 +123,20 @@ class Decoder:
         if names is None:
             names = self._names = _Names(kernels, self.index)
         most = len(body) // 6 + 1  # a value takes at least `"n":0,`
-        stats = np.zeros(kernels.STATS, np.int64)
         observed_at, value, series = np.empty(most, np.int64), np.empty(most), np.empty(most, np.uint32)
-        front = (int(lane), gateway, received_at)
-        if kernels.json(np.frombuffer(body, np.uint8), front, *names.arguments, observed_at, value, series, stats):
-            return None
-        return _decoded(observed_at, value, series, stats.tolist())
+        arguments = (np.frombuffer(body, np.uint8), (int(lane), gateway, received_at), *names.arguments)
+        outputs, stats = (observed_at, value, series), np.zeros(kernels.STATS, np.int64)
+        found = kernels.json(*arguments, NO_SPANS, NO_NUMBERS, *outputs, stats)
+        if found == kernels.HARD:
+            spans, stats = np.empty((most, 2), np.int64), np.zeros(kernels.STATS, np.int64)
+            found = kernels.json(*arguments, spans, NO_NUMBERS, *outputs, stats)
+            noted = spans[: stats[kernels.HARD_NUMBERS]].tolist()
+            hard = np.array([float(body[begin:end]) for begin, end in noted])
+            if found or not np.isfinite(hard).all():  # JSON's numbers are finite: it is an error
+                return None
+            stats = np.zeros(kernels.STATS, np.int64)
+            found = kernels.json(*arguments, spans, hard, *outputs, stats)
+        return None if found else _decoded(observed_at, value, series, stats.tolist())
 
 
 class _Names:
@@ -171,47 +181,46 @@ def _series_of(index: Index, device: int, metric: int, lane: int) -> int:
     series = int(index.series_of[device, metric]) if metric >= 0 else -1
     if series < 0:
         return -UNKNOWN_METRIC
-    return series if index.series_lane[series] == lane else -WRONG_LANE
+    return series if int(index.series_lane[series]) == lane else -WRONG_LANE
 
 
-def _reason(series: int, number: float, metric: str, observed_at: int, received_at: int) -> int:
-    """Return 0 where a value is used, or why not."""
-    if series < 0:
-        return -series
+def _reason(number: float, metric: str, observed_at: int, received_at: int) -> int:
+    """Return 0 where a value of a known series is used, or why not."""
     if not wire.finite(number):
         return NOT_A_NUMBER
-    if not METRICS[metric].low <= number <= METRICS[metric].high:
+    known = METRICS[metric]
+    if not known.low <= number <= known.high:
         return OUT_OF_RANGE
     return BAD_TIME if observed_at < 0 or abs(observed_at - received_at) > FAR_MS else 0
 
 
 def decode_readings(readings: Sequence[Reading], index: Index, gateway: int, lane: Lane, received_at: int) -> Decoded:
     """Check readings a value at a time: the general path, and what the compiled ones are tested against."""
-    times: list[int] = []
-    values: list[float] = []
-    numbers: list[int] = []
-    dropped: dict[str, int] = {}
+    rows: list[tuple[int, float, int]] = []
+    dropped: Counter[str] = Counter()
     unknown: list[Reading] = []
     runs = clamped = 0
     last: tuple[int, int] | None = None
+    number_of_lane, latest = int(lane), received_at + AHEAD_MS
     for reading in readings:
         device, at = _device_of(index, reading.device, gateway), reading.observed_at
         if device < 0:
             unknown.append(reading)
+            dropped["unknown_device"] += len(reading.values)
+            continue
         for metric, number in reading.values.items():
-            series = _series_of(index, device, METRIC_INDEX.get(metric, -1), lane)
-            why = _reason(series, number, metric, at, received_at)
+            series = _series_of(index, device, METRIC_INDEX.get(metric, -1), number_of_lane)
+            why = -series if series < 0 else _reason(number, metric, at, received_at)
             if why:
-                dropped[REASONS[why]] = dropped.get(REASONS[why], 0) + 1
+                dropped[REASONS[why]] += 1
                 continue
             runs += last != (device, at)
             last = (device, at)
-            clamped += at > received_at + AHEAD_MS
-            times.append(min(at, received_at + AHEAD_MS))
-            values.append(number)
-            numbers.append(series)
+            clamped += at > latest
+            rows.append((min(at, latest), number, series))
+    times, values, numbers = zip(*rows, strict=True) if rows else ((), (), ())
     arrays = np.array(times, np.int64), np.array(values, np.float64), np.array(numbers, np.uint32)
-    return Decoded(*arrays, runs, dropped, clamped, tuple(unknown))
+    return Decoded(*arrays, runs, dict(+dropped), clamped, tuple(unknown))
 
 
 def salvage(payload: bytes) -> wire.Message | None:

@@ -1,7 +1,8 @@
 """The compiled loops of `streams.decode`. Imported only when the first body is decoded: numba takes its time.
 
 Both write the values that pass every check, in order, to `observed_at`, `value` and `series`, and count in `stats`.
-They return FAST, or PLAIN where the body is not of the plain shape and the general path must say what it is.
+They return FAST, or PLAIN where the body is not of the plain shape and the general path must say what it is, or HARD
+where a JSON number needs more than one rounding: then they are told where to note such numbers, and what they are.
 No fast-math anywhere: the results equal the general path's bit for bit.
 """
 
@@ -15,9 +16,10 @@ from typing import Any
 import numba
 import numpy as np
 
-FAST, PLAIN = 0, 1
+FAST, PLAIN, HARD = 0, 1, 2
 USED, READINGS, UNKNOWN_DEVICE, UNKNOWN_METRIC, WRONG_LANE, NOT_A_NUMBER, OUT_OF_RANGE, BAD_TIME, FUTURE = range(9)
-STATS = 9
+HARD_NUMBERS = 9
+STATS = 10
 AHEAD_MS = 2_000  # a clock may be this far ahead before it is set back
 FAR_MS = 10 * 366 * 86_400_000  # a time this far off was never measured
 
@@ -27,6 +29,7 @@ TENS = np.array([10.0**n for n in range(23)])
 EXACT = 2**53
 FNV_START, FNV_PRIME = np.uint64(14695981039346656037), np.uint64(1099511628211)
 LETTER_D, LETTER_T, LETTER_M = ord("d"), ord("t"), ord("m")
+SMALL_E, LARGE_E = ord("e"), ord("E")
 QUOTE, COLON, COMMA, MINUS, PLUS, POINT, ZERO, NINE = 34, 58, 44, 45, 43, 46, 48, 57
 OPEN, CLOSE, OPEN_LIST, CLOSE_LIST, ESCAPE = 123, 125, 91, 93, 92
 
@@ -148,50 +151,48 @@ def hash_names(names: Any, ends: Any, slots: Any) -> None:
 
 
 @numba.njit(cache=True)
-def _number(body: Any, i: int, n: int) -> tuple[int, float]:
-    """Return (behind the number at `i`, its value); -1 where one rounding cannot give it, or it is no JSON number."""
+def _digits(body: Any, i: int, n: int, mantissa: int, taken: int) -> tuple[int, int, int]:
+    """Take digits at `i`; return (behind them, the mantissa with the first 18 of the number, digits so far)."""
+    while i < n and ZERO <= body[i] <= NINE:
+        if taken < 18:
+            mantissa = mantissa * 10 + (int(body[i]) - ZERO)
+        taken += 1
+        i += 1
+    return i, mantissa, taken
+
+
+@numba.njit(cache=True)
+def _number(body: Any, i: int, n: int) -> tuple[int, float, bool]:
+    """Return (behind the number at `i`, its value, whether that is exact); -1 where it is no JSON number."""
     negative = i < n and body[i] == MINUS
     if negative:
         i += 1
-    first, mantissa, scale = i, 0, 0
-    while i < n and ZERO <= body[i] <= NINE and i - first < 18:
-        mantissa = mantissa * 10 + (int(body[i]) - ZERO)
-        i += 1
-    digits = i - first
-    if digits == 0 or (digits > 1 and body[first] == ZERO):
-        return -1, 0.0
+    first, scale = i, 0
+    i, mantissa, taken = _digits(body, i, n, 0, 0)
+    if taken == 0 or (taken > 1 and body[first] == ZERO):
+        return -1, 0.0, False
     if i < n and body[i] == POINT:
-        i += 1
-        point = i
-        while i < n and ZERO <= body[i] <= NINE and digits + i - point < 18:
-            mantissa = mantissa * 10 + (int(body[i]) - ZERO)
-            i += 1
+        point = i + 1
+        i, mantissa, taken = _digits(body, point, n, mantissa, taken)
         scale = point - i
         if scale == 0:
-            return -1, 0.0
-    if i < n and (body[i] == 101 or body[i] == 69):
+            return -1, 0.0, False
+    if i < n and (body[i] == SMALL_E or body[i] == LARGE_E):
         i += 1
         down = i < n and body[i] == MINUS
         if i < n and (body[i] == MINUS or body[i] == PLUS):
             i += 1
-        first, power = i, 0
-        while i < n and ZERO <= body[i] <= NINE and i - first < 3:
-            power = power * 10 + (int(body[i]) - ZERO)
-            i += 1
+        first = i
+        i, power, _ = _digits(body, i, n, 0, 0)
         if i == first:
-            return -1, 0.0
+            return -1, 0.0, False
         scale += -power if down else power
-    # More digits than we took, a mantissa that is not exact, or minus zero: the general path knows.
-    if (
-        (i < n and ZERO <= body[i] <= NINE)
-        or mantissa > EXACT
-        or not -22 <= scale <= 22
-        or (negative and mantissa == 0)
-    ):
-        return -1, 0.0
+    # Minus zero, and what needs more than one rounding, is read by somebody who can.
+    if taken > 18 or mantissa > EXACT or not -22 <= scale <= 22 or (negative and mantissa == 0):
+        return i, 0.0, False
     number = np.float64(mantissa)
     number = number / TENS[-scale] if scale < 0 else number * TENS[scale]
-    return i, -number if negative else number
+    return i, -number if negative else number, True
 
 
 @numba.njit(cache=True)
@@ -203,14 +204,17 @@ def _values(
     metric_ends: Any,
     metric_slots: Any,
     guess: Any,
+    spans: Any,
+    hard: Any,
     value: Any,
     series: Any,
+    stats: Any,
 ) -> tuple[int, int]:
-    """Read `{"name":number,...}` at `i`, metric numbers to `series[k:]`; return (behind it, the next k), or -1."""
+    """Read `{"name":number,...}` at `i`, metric numbers to `series[k:]`; return (behind it, the next k), or minus PLAIN or HARD."""
     n = len(body)
     i = _skip(body, i, n)
     if i >= n or body[i] != OPEN:
-        return -1, k
+        return -PLAIN, k
     i = _skip(body, i + 1, n)
     if i < n and body[i] == CLOSE:
         return i + 1, k
@@ -228,32 +232,42 @@ def _values(
         else:
             end, code = _name(body, i, n)
             if end < 0:
-                return -1, k
+                return -PLAIN, k
             m = _find(body, i, end, code, metric_names, metric_ends, metric_slots)
             if m < 0:
-                return -1, k
+                return -PLAIN, k
             guess[place] = m
             i = end
         bit = np.uint64(1) << np.uint64(m)
         if seen & bit:
-            return -1, k
+            return -PLAIN, k
         seen |= bit
         place += 1
         i = _skip(body, i + 1, n)
         if i >= n or body[i] != COLON:
-            return -1, k
-        i, number = _number(body, _skip(body, i + 1, n), n)
+            return -PLAIN, k
+        begin = _skip(body, i + 1, n)
+        i, number, exact = _number(body, begin, n)
         if i < 0:
-            return -1, k
+            return -PLAIN, k
+        if not exact:
+            known = stats[HARD_NUMBERS]
+            if known < len(hard):
+                number = hard[known]
+            elif known < len(spans):
+                spans[known, 0], spans[known, 1] = begin, i
+            else:
+                return -HARD, k
+            stats[HARD_NUMBERS] += 1
         value[k], series[k] = number, m
         k += 1
         i = _skip(body, i, n)
         if i < n and body[i] == CLOSE:
             return i + 1, k
         if i >= n or body[i] != COMMA:
-            return -1, k
+            return -PLAIN, k
         i = _skip(body, i + 1, n)
-    return -1, k
+    return -PLAIN, k
 
 
 @numba.njit(cache=True)
@@ -267,7 +281,7 @@ def _time(body: Any, i: int) -> tuple[int, int]:
     digits = i - first
     if not 1 <= digits <= 15 or (digits > 1 and body[first] == ZERO):
         return -1, at
-    if i < n and (body[i] == POINT or body[i] == 101 or body[i] == 69):
+    if i < n and (body[i] == POINT or body[i] == SMALL_E or body[i] == LARGE_E):
         return -1, at
     return i, at
 
@@ -287,6 +301,8 @@ def json(
     series_of: Any,
     series_lane: Any,
     limits: Any,
+    spans: Any,  # [n, begin | end]: where to note hard numbers
+    hard: Any,  # [n]: what they are
     observed_at: Any,
     value: Any,
     series: Any,
@@ -330,9 +346,11 @@ def json(
                 if i < 0:
                     return PLAIN
             elif key == LETTER_M and end < 0:
-                i, end = _values(body, i, k, metric_names, metric_ends, metric_slots, guess, value, series)
+                i, end = _values(
+                    body, i, k, metric_names, metric_ends, metric_slots, guess, spans, hard, value, series, stats
+                )
                 if i < 0:
-                    return PLAIN
+                    return -i
             else:
                 return PLAIN
             i = _skip(body, i, n)

@@ -16,7 +16,6 @@ from citybrain.counters import Counters
 from citybrain.errors import WireError
 from citybrain.layout import Active, Layout
 from citybrain.model import Lane
-from citybrain.segments import SEGMENT_BYTES
 from citybrain.storage import OS_FILES, Files
 from streams.decode import Decoder, salvage
 from streams.intake import Intake, Route
@@ -25,6 +24,7 @@ from streams.registry import Index, decode_registry
 
 STATUS = "status"
 KEPT_REGISTRIES = 4
+SEGMENT_BYTES = 32 * 1024 * 1024  # of the log: recovery reads one; full of the smallest frames that takes about 2 s
 
 
 class GatewayStatus(msgspec.Struct, frozen=True):

@@ -58,7 +58,14 @@ def test_status_counts_what_is_there(api: httpx.Client) -> None:
     status = api.get("/v1/status").json()
     assert status["live"] is True
     assert status["missing"] == []
-    expected = {"readings": 4200, "alarms_open": 6, "incidents_open": 4, "cases": 5, "rescues": 2, "rescues_open": 2}
+    expected: dict[str, float] = {
+        "readings": 4200,
+        "alarms_open": 6,
+        "incidents_open": 4,
+        "cases": 5,
+        "rescues": 2,
+        "rescues_open": 2,
+    }
     expected |= {"maintenance": 1, "cases_open": 4, "closed": 1, "delivered": 1, "undelivered": 1, "lag_s": 0.25}
     assert {key: status[key] for key in expected} == expected
     assert status["dropped"]["unknown_gateway"] == 3
@@ -85,6 +92,14 @@ def test_ingest_without_its_broker_is_not_ready(api: httpx.Client, site: Seeded,
     answer = api.get("/healthz")
     assert answer.status_code == 503
     assert "not connected to the broker" in answer.json()["missing"][0]
+
+
+@pytest.mark.parametrize("name", ["worker", "desk"])
+def test_a_process_that_has_only_started_is_not_ready(api: httpx.Client, site: Seeded, name: str) -> None:
+    Counters(name, site.layout.run).publish(force=True)
+    answer = api.get("/healthz")
+    assert answer.status_code == 503
+    assert answer.json()["missing"] == [f"{name} is not ready (starting)"]
 
 
 def test_metrics_are_prometheus_text_by_component(api: httpx.Client) -> None:

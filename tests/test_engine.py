@@ -84,7 +84,7 @@ def logs(draw: st.DrawFn) -> list[tuple[str, Any]]:
             gateway = draw(st.sampled_from("aab"))
             one = st.tuples(
                 st.sampled_from([d for d in DEVICES if d[0] == gateway] + ([gateway] if where == 0 else [])),
-                st.sampled_from([-70000, -12000, -3000, 0, 0, 0, 500, 5000]),
+                st.sampled_from([-70000, -12000, -3000, -1, 0, 0, 0, 1, 500, 5000]),
                 values_on[where],
             )
             chosen = draw(st.lists(one, min_size=0, max_size=7))

@@ -216,7 +216,7 @@ def test_a_recorded_fault_becomes_one_case(tmp_path: Path, capsys: pytest.Captur
     assert result["values"] == 719
     assert result["cells"] == 720
     assert result["skipped"] == {"not_a_number": 1}
-    assert result["dropped"] == {"out_of_range": 1}
+    assert (result["stored"], result["dropped"]) == (718, {"out_of_range": 1})
     assert (result["waiting"], result["alarms"], result["incidents"], result["cases"]) == (0, 1, 1, 1)
     assert per_file["well"] == {**per_file["well"], "faults": 0, "alarms": 0, "cases": 0, "delay_s": None}
     assert per_file["ill"] == {**per_file["ill"], "faults": 1, "found": 1, "alarms": 1, "cases": 1, "delay_s": 5.0}

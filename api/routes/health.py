@@ -70,7 +70,7 @@ def dropped(beats: Mapping[str, Heartbeat]) -> dict[str, int]:
     for name in OURS:
         for key, amount in beats[name].counters.items() if name in beats else ():
             match = _LABELLED.match(key)
-            if match and match["name"] == "dropped_total":
+            if match and match["name"] == "dropped_total" and amount:
                 found[match["value"]] = found.get(match["value"], 0) + amount
     return dict(sorted(found.items()))
 

@@ -65,6 +65,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
     try:
         with engine.begin() as connection:
             yield connection
-    except DatabaseError as error:
-        kind = DiskFull if "full" in str(error.orig) else StorageError
-        raise kind(f"{engine.url.database}: {error.orig}") from error
+    except (DatabaseError, sqlite3.Error) as error:
+        said = str(getattr(error, "orig", error))
+        kind = DiskFull if "full" in said else StorageError
+        raise kind(f"{engine.url.database}: {said}") from error
