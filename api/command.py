@@ -8,7 +8,7 @@ import errno
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 
@@ -66,10 +66,10 @@ class Background(threading.Thread):
             if not taken:
                 wait_s(FOLLOW_S, self._stop_event)
 
-    def _guarded(self, step: object) -> int:
+    def _guarded(self, step: Callable[[], int | None]) -> int:
         """Do one step; what fails is counted and said, and the heartbeat goes on: values then are just not newer."""
         try:
-            return int(step() or 0) if callable(step) else 0
+            return step() or 0
         except (CityBrainError, OSError) as error:
             self._counters.add("errors_total", stage="readings")
             self._counters.warn(f"latest values: {error}")

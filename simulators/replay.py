@@ -238,7 +238,7 @@ def prepare(mapping_path: Path, paths: list[Path], layout: Layout) -> Replay:
     categories = load_categories(folder / mapping.categories) if mapping.categories else load_categories()
     sources = sources_of(paths)
     units = {category.unit for category in categories.values()}
-    # Nobody waits for an acknowledgement here: disks are synced at the end.
+    # Nobody waits for an acknowledgement here: disks are synced when it closes.
     pipeline = Pipeline(layout, registry_of(mapping, sources, units), ruleset, categories, files=LazyFiles())
     replay = Replay(mapping, sources, pipeline)
     replay.check()
@@ -254,7 +254,6 @@ def play(mapping_path: Path, paths: list[Path], layout: Layout, *, per_file: boo
         file.unlink()
     try:
         replay.run()
-        replay.pipeline.flush()
         warnings = [text for played in replay.played.values() for text in played.reader.table.warnings]
         return replay.report(per_file=per_file), [*warnings, *replay.pipeline.ingested.warnings]
     finally:

@@ -210,7 +210,7 @@ def _values(
     series: Any,
     stats: Any,
 ) -> tuple[int, int]:
-    """Read `{"name":number,...}` at `i`, metric numbers to `series[k:]`; return (behind it, the next k), or minus PLAIN or HARD."""
+    """Read `{"name":number,...}` at `i`, metrics to `series[k:]`; return (behind it, next k) or minus why not."""
     n = len(body)
     i = _skip(body, i, n)
     if i >= n or body[i] != OPEN:

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -194,7 +195,7 @@ def test_rejecting_an_incident_does_not_touch_its_rescue(city: City) -> None:
     assert (rescue["stage"], rescue["rescued_at"]) == ("reported", None)
 
 
-REFUSALS = [
+REFUSALS: list[tuple[str, dict[str, Any], str, str]] = [
     ("shout", {}, "", "kind 'shout': expected one of acknowledge, confirm"),
     ("acknowledge", {}, "", "body of 'acknowledge': Object missing required field `alarm`"),
     ("acknowledge", {"alarm": "1"}, "", "Expected `int`, got `str`"),

@@ -104,7 +104,7 @@ function where(item) {
 function alarm(item) {
   const who = item.acknowledged_by ? t("field.acknowledged_by", { actor: item.acknowledged_by }) : "";
   const times = item.count > 1 ? t("field.times", { count: item.count }) : "";
-  return element("article", `row ${item.urgency}`,
+  return element("article", `row ${item.urgency}${item.active ? "" : " over"}`,
     element("div", "head", element("strong", "", both(item.title)), element("span", "chip", code("alarm.state", item.state))),
     element("p", "", where(item)),
     element("p", "", both(item.explanation)),
@@ -146,10 +146,11 @@ function header(status) {
   document.title = status.rescues_open ? `(${status.rescues_open}) ${title}` : title;
 }
 
-// The most pressing first; within that, what waits longest for its rescue, or came last.
+// The most pressing first (alarms: what still holds before what is over); within that, what waits longest for its rescue, or came last.
 const RANK = { life: 0, urgent: 1, normal: 2, watch: 3 };
 const byUrgency = (one, other) => RANK[one.urgency] - RANK[other.urgency];
-const byAlarm = (one, other) => byUrgency(one, other) || (one.state !== "unack") - (other.state !== "unack");
+const byAlarm = (one, other) =>
+  other.active - one.active || byUrgency(one, other) || (one.state !== "unack") - (other.state !== "unack");
 const byWaiting = (one, other) => (one.rescued_at !== null) - (other.rescued_at !== null) || one.observed_at - other.observed_at;
 
 const LISTS = [
