@@ -237,9 +237,13 @@ class Lift:
         for at_ms in sorted(self._changes(from_ms, to_ms, causes) | reported.keys() | refreshed):
             state = self.state(at_ms, causes).events()
             if at_ms in reported or at_ms in refreshed:
-                found.append(_event(self.id, at_ms, state, self._standing(at_ms, causes)))
+                found.append(self.standing(at_ms, causes))
             elif state != self.state(at_ms - 1, causes).events():
                 found.append(_event(self.id, at_ms, state, None))
+
+    def standing(self, at_ms: int, causes: Sequence[Cause]) -> Emitted:
+        """Return the event values and the code as they stand, as they are told every 10 min and at power-up."""
+        return _event(self.id, at_ms, self.state(at_ms, causes).events(), self._code(at_ms, causes))
 
     def _changes(self, from_ms: int, to_ms: int, causes: Sequence[Cause]) -> set[int]:
         times: set[int] = set()
@@ -254,7 +258,7 @@ class Lift:
             times.update(at for at in (*scripts, *releases) if from_ms <= at < to_ms)
         return times
 
-    def _standing(self, at_ms: int, causes: Sequence[Cause]) -> int:
+    def _code(self, at_ms: int, causes: Sequence[Cause]) -> int:
         """Return the code that stands: the last one reported, 0 where nothing is wrong."""
         said = [item for cause in causes for item in codes(cause, self.id) if item[0] <= at_ms]
         return max(said)[1] if said else 0

@@ -64,13 +64,25 @@ class Sensors:
         """Return the readings since the last call, in order of their time."""
         to_ms = now_ms - self.skew_ms
         if self._until_ms <= 0 or to_ms - self._until_ms > CATCH_UP_MS:
-            self._until_ms = to_ms
+            self._reach(to_ms)
+            return self.power_up(to_ms)
         if to_ms - self._until_ms < LEAST_MS:  # also where the clock was put back: wait until it is past
             return []
-        from_ms, self._until_ms = self._until_ms, to_ms
+        from_ms = self._until_ms
+        self._reach(to_ms)
+        return self.between(from_ms, to_ms)
+
+    def _reach(self, to_ms: int) -> None:
+        self._until_ms = to_ms
         if self._mark is not None:
             OS_FILES.mark(self._mark, to_ms)
-        return self.between(from_ms, to_ms)
+
+    def power_up(self, at_ms: int) -> list[Emitted]:
+        """Return every device's event values as they stand: what changed while nobody listened is said again."""
+        self._schedule.advance(at_ms)
+        return [
+            _shifted(thing.standing(at_ms, self._schedule.touching(name)), self.skew_ms) for name, thing in self._things
+        ]
 
     def between(self, from_ms: int, to_ms: int) -> list[Emitted]:
         """Return the readings of [from, to) in true time, stamped by the gateway's clock."""

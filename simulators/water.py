@@ -179,10 +179,13 @@ class Hydrant:
         for cause in causes:
             if cause.kind in ("knocked_over", "illegal_use", "authorised_use"):
                 times.update(at for at in (cause.start_ms, cause.end_ms) if from_ms <= at < to_ms)
-        for at_ms in sorted(times):
-            state = self.state(at_ms, causes)
-            tilt = round(state.tilt_deg + 0.2 * self._rest.uniform(at_ms + 3), 1)
-            found.append((Lane.EVENT, Reading(self.id, at_ms, {"tilt_deg": tilt, "cap_open": state.cap_open})))
+        found += [self.standing(at_ms, causes) for at_ms in sorted(times)]
+
+    def standing(self, at_ms: int, causes: Sequence[Cause]) -> Emitted:
+        """Return the event values as they stand, as they are told on a change, on the hour and at power-up."""
+        state = self.state(at_ms, causes)
+        tilt = round(state.tilt_deg + 0.2 * self._rest.uniform(at_ms + 3), 1)
+        return Lane.EVENT, Reading(self.id, at_ms, {"tilt_deg": tilt, "cap_open": state.cap_open})
 
 
 def _sinking(full_v: float, low_v: float, after_ms: int) -> float:

@@ -6,6 +6,8 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from citybrain.errors import UsageError
 from citybrain.layout import Active, Layout, Run
 from citybrain.mailbox import Mailbox
 from citybrain.model import Lane, Reading
-from citybrain.wire import open_message, readings_of
+from citybrain.wire import decode_status, open_message, readings_of
 from simulators.district import District, build
 from simulators.elevators import BUTTON, MAINS_LOST, Lift
 from simulators.faults import GAP_MS, KIND, Cause, Schedule, area_of, demo, make, read_truth, truth_of
@@ -93,15 +95,27 @@ def test_any_moment_is_the_same_whoever_asks_from_when(start: int, cuts: list[in
     assert parts == sensors(gateway).between(begin, end)
 
 
+def states(items: list[tuple[Lane, Reading]]) -> set[tuple[str, str]]:
+    assert all(lane == Lane.EVENT for lane, _ in items)
+    return {(reading.device, name) for _, reading in items for name in reading.values}
+
+
+def every_event_series() -> set[tuple[str, str]]:
+    names = set(DISTRICT.of_gateway("gw-01"))
+    return {(d.id, name) for d in DISTRICT.registry.devices if d.id in names for name in d.event_metrics}
+
+
 def test_a_restarted_simulator_catches_up_a_short_hole_and_skips_a_long_one(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     first = sensors(mark=mark)
     at = NOON + first.skew_ms
-    assert first.poll(at) == []  # it begins now
+    assert states(first.poll(at)) == every_event_series()  # it begins now, and says how things stand
     before = first.poll(at + 30 * SECOND_MS)
     after = sensors(mark=mark).poll(at + 60 * SECOND_MS)
     assert before + after == sensors().between(NOON, NOON + 60 * SECOND_MS)
-    assert sensors(mark=mark).poll(at + 60 * SECOND_MS + CATCH_UP_MS + 1) == []
+    late = sensors(mark=mark).poll(at + 60 * SECOND_MS + CATCH_UP_MS + 1)
+    assert {reading.observed_at for _, reading in late} == {at + 60 * SECOND_MS + CATCH_UP_MS + 1}
+    assert states(late) == every_event_series()  # a repair that nobody heard of is not forgotten
     assert sensors(mark=mark).poll(at) == []  # a clock put back says nothing twice
 
 
@@ -401,30 +415,58 @@ def test_an_unknown_gateway_is_refused_by_name() -> None:
         chosen(DISTRICT, ["gw-99"])
 
 
-def test_the_process_speaks_through_a_real_broker_and_stops_when_told(tmp_path: Path, mosquitto: int) -> None:
-    layout = Layout(tmp_path / "data")
-    layout.make()
-    now_ms = real_unix_ms()
-    layout.write_run(Run(clock=RunClock(now_ms, now_ms), mqtt_port=mosquitto))
+@contextmanager
+def listening(port: int) -> Iterator[list[tuple[str, bytes]]]:
+    """What gateways publish, as (channel, payload), from a real broker."""
     heard: list[tuple[str, bytes]] = []
     client = paho.Client(CallbackAPIVersion.VERSION2, "listener")
-    client.on_message = lambda _client, _data, message: heard.append((message.topic, bytes(message.payload)))
-    client.connect("127.0.0.1", mosquitto)
+    client.on_message = lambda _client, _data, message: heard.append(
+        (message.topic.split("/", 3)[3], bytes(message.payload))
+    )
+    client.connect("127.0.0.1", port)
     client.subscribe("cb/v1/+/+/+", 1)
     client.loop_start()
-    argv = [sys.executable, "-m", "citybrain", "simulate", "--data", str(layout.root), "--gateway", "gw-01"]
+    try:
+        yield heard
+    finally:
+        client.loop_stop()
+
+
+@contextmanager
+def simulating(layout: Layout, clock: RunClock, port: int, gateway: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The real process, hosting one gateway."""
+    layout.make()
+    layout.write_run(Run(clock=clock, mqtt_port=port))
+    argv = [sys.executable, "-m", "citybrain", "simulate", "--data", str(layout.root), "--gateway", gateway]
     with subprocess.Popen(argv) as process:
         try:
-            eventually(lambda: {"status", "telemetry"} <= {topic.split("/")[4] for topic, _ in heard}, 20)
-            eventually((layout.run / "simulate.heartbeat.json").exists)
-            process.send_signal(signal.SIGTERM)
-            began_s = monotonic_s()
-            assert process.wait(5) == 0
-            assert monotonic_s() - began_s < 2.0
+            yield process
         finally:
             end(process)
-            client.loop_stop()
-    assert {topic.split("/")[3] for topic, _ in heard} == {"gw-01"}
-    frame = next(payload for topic, payload in heard if topic.endswith("telemetry"))
+
+
+def test_the_process_speaks_through_a_real_broker_and_stops_when_told(tmp_path: Path, mosquitto: int) -> None:
+    layout, now_ms = Layout(tmp_path / "data"), real_unix_ms()
+    clock = RunClock(now_ms, now_ms)
+    with listening(mosquitto) as heard, simulating(layout, clock, mosquitto, "gw-01") as process:
+        eventually(lambda: {"gw-01/status", "gw-01/telemetry"} <= {channel for channel, _ in heard}, 20)
+        eventually((layout.run / "simulate.heartbeat.json").exists)
+        process.send_signal(signal.SIGTERM)
+        began_s = monotonic_s()
+        assert process.wait(5) == 0
+        assert monotonic_s() - began_s < 2.0
+    assert {channel.split("/")[0] for channel, _ in heard} == {"gw-01"}
+    frame = next(payload for channel, payload in heard if channel.endswith("telemetry"))
     devices = {reading.device for reading in readings_of(open_message(frame))}
     assert devices <= {*DISTRICT.of_gateway("gw-01"), "gw-01"}
+
+
+def test_a_gateway_loses_its_line_and_comes_back_as_scheduled(tmp_path: Path, mosquitto: int) -> None:
+    layout, now_ms = Layout(tmp_path / "data"), real_unix_ms()
+    clock = RunClock(now_ms, now_ms - 100_000 // 60, 60.0)  # fast, and 100 s in: offline from 240 s for 5 min
+    with listening(mosquitto) as heard, simulating(layout, clock, mosquitto, "gw-05"):
+
+        def births() -> list[bool]:
+            return [decode_status(payload).online for channel, payload in heard if channel == "gw-05/status"]
+
+        eventually(lambda: births() == [True, False, True], 30, "the line going down and up again")

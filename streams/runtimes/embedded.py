@@ -174,9 +174,9 @@ def parts_of(layout: Layout, run: Run, *, simulate: bool) -> list[Part]:
     parts = [
         Part("broker", broker, port=run.mqtt_port, heartbeat=installed is None, wave=2),
         Part("migrate", own("migrate"), once=True),
-        Part("ingest", own("ingest"), wave=1),
-        Part("worker", own("worker"), wave=1),
-        Part("desk", own("desk"), after=("migrate",), wave=1),
+        Part("ingest", own("ingest"), proof="connected", least=1.0, wave=1),
+        Part("worker", own("worker"), proof="lag_s", wave=1),
+        Part("desk", own("desk"), after=("migrate",), proof="lag_s", wave=1),
         Part("api", own("api"), after=("migrate",), port=run.api_port, wave=1),
     ]
     if simulate:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -33,8 +34,8 @@ LOG_BYTES = 4 * 1024 * 1024  # a process's log is cut when it grows beyond; the 
 class Part(msgspec.Struct, frozen=True):
     """One process. `once`: it prepares something and ends; `after`: what must have ended well before it starts.
 
-    It is ready when its port (if it has one) accepts and its heartbeat (if it has one) is its own and fresh.
-    `wave`: when it is told to stop; lower first.
+    It is ready when its port (if it has one) accepts, its heartbeat (if it has one) is its own and fresh, and
+    the gauge `proof` (if it has one) is at least `least` there. `wave`: when it is told to stop; lower first.
     """
 
     name: str
@@ -43,6 +44,8 @@ class Part(msgspec.Struct, frozen=True):
     after: tuple[str, ...] = ()
     port: int = 0
     heartbeat: bool = True
+    proof: str = ""
+    least: float = 0.0
     wave: int = 0
 
 
@@ -86,11 +89,14 @@ Say = Callable[[str, str], None]  # (zh, en)
 class Supervisor:
     """Runs `parts`; `say` is told the few things a person wants to know, in Chinese and English."""
 
-    def __init__(self, parts: Sequence[Part], folder: Path, say: Say, counters: Counters) -> None:
+    def __init__(
+        self, parts: Sequence[Part], folder: Path, say: Say, counters: Counters, grace_s: float = GRACE_S
+    ) -> None:
         self.children = {part.name: Child(part, folder / f"{part.name}.log") for part in parts}
         self._folder = folder
         self._say = say
         self._counters = counters
+        self._grace_s = grace_s
 
     def step(self) -> None:
         """Start what is due, notice what died; raises Failed where a preparing process did not succeed."""
@@ -154,11 +160,12 @@ class Supervisor:
         except (OSError, msgspec.DecodeError):
             return False
         mine = child.process is not None and beat.pid == child.process.pid and beat.at >= child.started_ms
-        return mine and beat.live(real_unix_ms())
+        proven = not child.part.proof or beat.gauges.get(child.part.proof, -math.inf) >= child.part.least
+        return mine and proven and beat.live(real_unix_ms())
 
     def stop(self) -> None:
-        """Stop every process, wave after wave: SIGTERM, and SIGKILL `GRACE_S` after the first one."""
-        deadline_s = monotonic_s() + GRACE_S
+        """Stop every process, wave after wave: SIGTERM, and SIGKILL `grace_s` after the first one."""
+        deadline_s = monotonic_s() + self._grace_s
         waves = sorted({child.part.wave for child in self.children.values()})
         for position, wave in enumerate(waves):
             members = [c for c in self.children.values() if c.part.wave == wave and c.alive]

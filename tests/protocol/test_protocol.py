@@ -32,8 +32,10 @@ from citybrain.wire import (
     columns_message,
     crc32c,
     decode_ack,
+    decode_status,
     open_message,
     parse_topic,
+    readings_of,
 )
 from gateway.spool import Spool
 from gateway.uplink import Uplink
@@ -553,3 +555,15 @@ def test_a_restored_card_that_starts_twice_is_noticed_or_harmless(before: int, l
         line.rounds(30)
         assert line.board.uplink.idle() or line.platform.faults
         assert line.board.uplink.idle() != bool(line.platform.faults)
+
+
+def test_the_examples_of_the_contract_are_true() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
+    blocks = [block.split("```")[0] for block in text.split("```json\n")[1:]]
+    message = open_message(blocks[0].strip().encode())
+    dump = next(block for block in text.split("```\n") if block.startswith("cb 01"))
+    columns = columns_message(message.header, columns_body(readings_of(message)))
+    assert columns == bytes.fromhex(dump)
+    assert readings_of(open_message(columns)) == readings_of(message)
+    assert decode_ack(blocks[1].encode()).seq == 41
+    assert decode_status(blocks[2].encode()).online
