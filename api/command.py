@@ -82,7 +82,7 @@ def serve(layout: Layout) -> None:
     layout.make()
     counters = Counters("api", layout.run)
     counters.resume()
-    with listen(run.host, run.api_port) as taken:
+    with listen(run.api_host, run.api_port) as taken:
         latest = Latest(layout, run.shards, counters)
         app = create_app(Site(layout, run, latest, counters))
         server = Server(

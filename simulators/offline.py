@@ -94,7 +94,7 @@ class Offline:
             spool = self.pipeline.uplinks[gateway.id].spool
             sensors = Sensors(self._district, gateway.id, self._schedule)
             agent = Agent([Vitals(gateway.id, spool), sensors], spool)
-            agent.step(now_ms + sensors.skew_ms)  # sensors begin at their first poll
+            self.readings += agent.step(now_ms + sensors.skew_ms)  # what stands when they are switched on
             self._agents[gateway.id] = (agent, sensors.skew_ms)
 
     def step(self, now_ms: int) -> None:

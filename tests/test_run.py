@@ -165,7 +165,7 @@ def test_stop_goes_wave_by_wave_and_kills_the_deaf(tmp_path: Path, heard: Heard)
     assert told.read_text() == "simulate broker "
     assert all(gone(pid) for pid in pids)
     assert heard.lines == ["deaf did not stop in time: killed"]
-    assert GRACE_S <= 8  # the whole stop, with SIGKILL, within what a person waits for
+    assert GRACE_S + 2 <= 8  # the whole stop, with SIGKILL, within what a person waits for
 
 
 def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
