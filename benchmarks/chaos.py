@@ -2,8 +2,9 @@
 
     python -m benchmarks.chaos --seed 5 --kills 20 --json
 
-The real `citybrain run --simulate` at `--speed` times real time; every few seconds one of broker, ingest, worker, desk,
-api, simulate (all gateways) gets SIGKILL and the supervisor starts it again. Afterwards, with everything drained:
+The real `citybrain run --simulate` at `--speed` times real time, and four more gateways that commit `--rate` messages a
+second; every few seconds one of broker, ingest, worker, desk, api, simulate (the district's gateways), load (the other
+gateways) gets SIGKILL and is started again. Afterwards, with everything drained:
 
 lost       messages that a spool committed and the log does not hold
 repeated   messages that the log holds more than once
@@ -24,35 +25,44 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
 
+from benchmarks.chaos_load import extended
+from benchmarks.system import System
 from citybrain.clock import iso
 from citybrain.counters import read_heartbeats
 from citybrain.db.schema import alarms, cases, outbox
 from citybrain.db.store import open_store
 from citybrain.layout import Layout
-from citybrain.model import Lane
+from citybrain.mailbox import Mailbox, command
+from citybrain.model import Gateway, Lane
 from citybrain.segments import SUFFIX, Reader
 from citybrain.storage import OS_FILES
-from streams.log import Kind, frame_head
-from streams.registry import Index, decode_registry
+from streams.log import Kind, decode_control, frame_head
+from streams.registry import Index, decode_registry, encode_registry
 
-VICTIMS = ("broker", "ingest", "worker", "desk", "api", "simulate")
+VICTIMS = ("broker", "ingest", "worker", "desk", "api", "simulate", "load")
 SETTLE_MS = 5 * 60_000  # platform time a cause gets to become a case
-Key = tuple[int, int, int]  # gateway index, lane, epoch
+Key = tuple[str, int, int]  # gateway, lane, epoch
 
 
 def logged(layout: Layout, shards: int) -> Counter[tuple[Key, int]]:
-    """Return how often each (gateway, lane, epoch, seq) stands in the log."""
+    """Return how often each (gateway, lane, epoch, seq) stands in the log, under the registry in force there."""
     found: Counter[tuple[Key, int]] = Counter()
     for shard in range(shards):
+        gateways: tuple[Gateway, ...] = ()
         for record in Reader(layout.log(shard)):
-            if record.kind == Kind.FRAME:
+            if record.kind == Kind.CONTROL:
+                control = decode_control(record.payload)
+                if control.what == "registry":
+                    gateways = Index(decode_registry(layout.get_blob(control.content)), control.content).gateways
+            elif record.kind == Kind.FRAME:
                 head = frame_head(record.payload)
-                found[(head.gateway, int(head.lane), head.epoch), head.seq] += 1
+                found[(gateways[head.gateway].id, int(head.lane), head.epoch), head.seq] += 1
     return found
 
 
@@ -66,18 +76,15 @@ def spooled(folder: Path) -> tuple[int, set[int]]:
 
 def count_lost(layout: Layout, found: Counter[tuple[Key, int]]) -> tuple[int, int]:
     """Return (messages produced, messages that are neither in the log nor in a spool any more)."""
-    active = layout.read_active()
-    assert active is not None, "the system was live, so something was activated"
-    index = Index(decode_registry(layout.get_blob(active.registry)), active.registry)
-    taken: dict[tuple[int, int], set[int]] = {}
+    taken: dict[tuple[str, int], set[int]] = {}
     for (gateway, lane, _epoch), seq in found:
         taken.setdefault((gateway, lane), set()).add(seq)
     total = lost = 0
-    for name, number in index.gateway_index.items():
+    for folder in sorted((layout.root / "gateways").iterdir()):
         for lane in Lane:
-            highest, waiting = spooled(layout.gateway(name) / lane.topic)
+            highest, waiting = spooled(folder / lane.topic)
             total += highest
-            lost += len(set(range(1, highest + 1)) - taken.get((number, int(lane)), set()) - waiting)
+            lost += len(set(range(1, highest + 1)) - taken.get((folder.name, int(lane)), set()) - waiting)
     return total, lost
 
 
@@ -124,41 +131,43 @@ def platform_doubles(port: int) -> int:
     return sum(max(0, int(case["accepted"]) - 1) for case in held["cases"])
 
 
-class System:
-    """The running system under test."""
+class Loaded(System):
+    """The system, and gateways beside it that keep it busy."""
 
-    def __init__(self, root: Path, speed: float, seed: int) -> None:
-        self.layout = Layout(root)
-        self.arguments = ["run", "--simulate", "--data", str(root), "--speed", str(speed), "--seed", str(seed)]
-        self.process: subprocess.Popen[bytes] | None = None
+    def __init__(self, root: Path, speed: float, seed: int, rate: float) -> None:
+        super().__init__(root, "--speed", str(speed), "--seed", str(seed))
+        self._rate = rate
+        self.load: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "citybrain", *self.arguments], stdout=subprocess.DEVNULL, start_new_session=True
+    def extend(self) -> None:
+        """Let ingest activate a registry with the load's gateways, and start them."""
+        active, run = self.layout.read_active(), self.layout.read_run()
+        assert active is not None, "the system is live, so something is activated"
+        registry = extended(decode_registry(self.layout.get_blob(active.registry)), run.shards)
+        name = self.layout.put_blob(encode_registry(registry))
+        box = Mailbox(self.layout.mailbox("ingest"))
+        box.put(command("registry", "chaos", run.clock.now_ms(), {"content": name}, "load"))
+        self.wait_for(lambda: getattr(self.layout.read_active(), "registry", "") == name, 30, "extended")
+        self._start_load()
+
+    def _start_load(self) -> None:
+        arguments = ["--data", str(self.layout.root), "--rate", str(self._rate)]
+        self.load = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.chaos_load", *arguments], start_new_session=True
         )
-        self.wait_for(lambda: self.status() is not None, 120, "live")
 
-    def status(self) -> dict[str, Any] | None:
-        done = subprocess.run(
-            [sys.executable, "-m", "citybrain", "status", "--json", "--data", str(self.layout.root)],
-            capture_output=True,
-            check=False,
-        )
-        return json.loads(done.stdout) if done.returncode == 0 else None
-
-    def wait_for(self, condition: Any, limit_s: float, what: str) -> float:
-        """Wait until the condition holds; return how long it took, or fail."""
-        start = time.monotonic()
-        while not condition():
-            if time.monotonic() - start > limit_s:
-                raise SystemExit(f"chaos: not {what} within {limit_s} s")
-            time.sleep(0.05)
-        return time.monotonic() - start
-
-    def pid_of(self, name: str) -> int:
-        """Return the process id of a part now, as the supervisor tells it; 0 while it is down."""
-        beats = [beat for beat in read_heartbeats(self.layout.run) if beat.process == "run"]
-        return int(beats[0].details.get("children", {}).get(name, 0)) if beats else 0
+    def kill(self, name: str) -> int:
+        """Kill a process, return its id; the load is started again here, everything else by the supervisor."""
+        if name != "load":
+            pid = self.pid_of(name)
+            os.kill(pid, signal.SIGKILL)
+            return pid
+        assert self.load is not None
+        self.load.kill()
+        self.load.wait()
+        pid = self.load.pid
+        self._start_load()
+        return pid
 
     def beats(self, name: str, not_pid: int) -> bool:
         """Whether `name` runs again with another process id, and has said so."""
@@ -169,33 +178,36 @@ class System:
             for beat in read_heartbeats(self.layout.run)
         )
 
-    def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGINT)
-            self.process.wait(30)
+    def quiet(self) -> None:
+        """End the load; it first waits until everything it committed is acknowledged."""
+        if self.load is not None:
+            self.load.terminate()
+            self.load.wait(30)
 
 
-def run(root: Path, kills: int, seed: int, speed: float, pause_s: float) -> dict[str, Any]:
+def run(root: Path, kills: int, seed: int, speed: float, pause_s: float, rate: float) -> dict[str, Any]:
     """Run the system, kill, drain, judge."""
     rng = random.Random(seed)
-    system = System(root, speed, seed)
+    system = Loaded(root, speed, seed, rate)
     system.start()
+    system.extend()
     recovery: list[float] = []
     victims: Counter[str] = Counter()
     try:
         for number in range(kills):
             time.sleep(rng.uniform(0.3, 1.7) * pause_s)
             name = VICTIMS[number % len(VICTIMS)] if number < len(VICTIMS) else rng.choice(VICTIMS)
-            pid = system.pid_of(name)
-            os.kill(pid, signal.SIGKILL)
+            pid = system.kill(name)
             victims[name] += 1
-            recovery.append(system.wait_for(lambda name=name, pid=pid: system.beats(name, pid), 60, f"{name} back"))
+            recovery.append(system.wait_for(partial(system.beats, name, pid), 60, f"{name} back"))
+        system.quiet()
         clock = system.layout.read_run().clock
         now_ms = clock.now_ms()
         time.sleep(SETTLE_MS / 1000 / speed)
         system.wait_for(lambda: (system.status() or {}).get("undelivered", 1) == 0, 120, "all delivered")
         doubles = platform_doubles(system.layout.read_run().platform_port)
     finally:
+        system.quiet()
         system.stop()
     found = logged(system.layout, system.layout.read_run().shards)
     total, lost = count_lost(system.layout, found)
@@ -218,13 +230,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--speed", type=float, default=5.0)
+    parser.add_argument("--speed", type=float, default=10.0, help="platform seconds a second")
     parser.add_argument("--pause-s", type=float, default=4.0, help="mean pause between kills")
+    parser.add_argument(
+        "--rate", type=float, default=200.0, help="messages a second of 10 readings beside the district"
+    )
     parser.add_argument("--data", type=Path, help="keep the data here (default: a folder that is removed)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        result = run(options.data or Path(folder), options.kills, options.seed, options.speed, options.pause_s)
+        root = options.data or Path(folder)
+        result = run(root, options.kills, options.seed, options.speed, options.pause_s, options.rate)
     print(json.dumps(result) if options.json else "\n".join(f"{k:16} {v}" for k, v in result.items()))
     return 0 if not any(result[key] for key in ("lost", "repeated", "doubled", "forgotten")) else 1
 
