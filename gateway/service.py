@@ -85,19 +85,27 @@ class GatewayService:
         self._retry_s, self._delay_s = 0.0, FIRST_RETRY_S
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """Say that we go, and disconnect; what is unsent stays in the spool."""
+        """Say that we go, wait until the broker has it, and disconnect; what is unsent stays in the spool.
+
+        A socket closed with bytes unread is reset, and a reset can overtake what was just written.
+        """
         client, until_s = self._client, monotonic_s() + timeout_s
         if client is not None and self.ready:
             self._publish_status(client, online=False)
-            client.disconnect()
-            while client.want_write() and (left_s := until_s - monotonic_s()) > 0:
-                sock = client.socket()
-                if sock is None or not select.select([], [sock], [], left_s)[1]:
-                    break
-                client.loop_write()
+            while self._client is client and self._unconfirmed and (left_s := until_s - monotonic_s()) > 0:
+                self._wait(left_s)
+            if self._client is client:
+                client.disconnect()
         self._cut = True
         if self._client is not None:
             self._lost("")
+
+    def _wait(self, seconds: float) -> None:
+        sock = self.socket()
+        if sock is None:
+            return self._lost("")
+        readable, writable, _ = select.select([sock], [sock] if self.want_write() else [], [], seconds)
+        return self.network(readable=bool(readable), writable=bool(writable))
 
     def socket(self) -> socket.socket | None:
         """Return the connection's socket, None where there is none."""

@@ -147,6 +147,11 @@ class _Store:
             seq = min(in_segment, default=beyond)
         return seq
 
+    def question(self) -> int:
+        """Return the lowest readable seq that is not acknowledged; else the highest, else the first to be given."""
+        seq = self.following(self.floor)
+        return seq if seq < self.committed else self.latest() or self.committed
+
     def latest(self) -> int:
         """Return the highest seq whose message is readable, also if acknowledged; 0 where there is none."""
         for index in reversed(range(len(self.firsts))):
@@ -243,6 +248,7 @@ class Spool:
         for store in self._stores.values():
             for text in store.writer.warnings:
                 self.counters.warn(text)
+                self.counters.add("errors_total", stage="recovery")
         self._bytes = sum(store.bytes_on_disk() for store in self._stores.values())
         meta = self._read_meta()
         if meta is None:
@@ -255,7 +261,7 @@ class Spool:
             self.new_epoch("records_gone")
         else:
             self.resumed = {lane: store.committed - 1 for lane, store in self._stores.items()}
-            self.asks = {lane: store.latest() or store.committed for lane, store in self._stores.items()}
+            self.asks = {lane: store.question() for lane, store in self._stores.items()}
 
     def _read_meta(self) -> Meta | None:
         path = self.folder / "meta.json"
@@ -270,12 +276,7 @@ class Spool:
 
     def _write_meta(self) -> None:
         content = msgspec.json.encode(Meta(self.serial, self.epoch, self.connection))
-        while True:
-            try:
-                return self._files.replace(self.folder / "meta.json", content)
-            except DiskFull:
-                if not self._evict():
-                    raise
+        self._files.replace(self.folder / "meta.json", content)
 
     def new_epoch(self, reason: str = "restored") -> None:
         """Begin a new numbering, durably: what is unsent keeps its seqs, and ingest starts at its floor."""
@@ -284,15 +285,25 @@ class Spool:
             self.epoch = self._draw_epoch()
         self.resumed, self.asks = dict.fromkeys(Lane, 0), dict.fromkeys(Lane, 0)
         self.counters.add("epochs_total", reason=reason)
-        self._write_meta()
+        while True:
+            try:
+                return self._write_meta()
+            except DiskFull:
+                if not self._evict():
+                    raise
 
     def next_connection(self, now_s: int) -> int:
         """Return a number above every earlier connection's, durably; raises StorageError.
 
-        It follows the clock where that is ahead, so that a restored card does not count below what it once said.
+        It follows the clock where that is ahead, so that a restored card does not count below what it once said. On a
+        full disk it is not kept: no reading is worth less, and a gateway that cannot connect could not empty its spool.
         """
         self.connection = max(self.connection + 1, now_s)
-        self._write_meta()
+        try:
+            self._write_meta()
+        except DiskFull as error:
+            self.counters.add("errors_total", stage="disk_full")
+            self.counters.warn(str(error))
         return self.connection
 
     def close(self) -> None:

@@ -3,8 +3,8 @@
 Go-back-N by lane (docs/wire.md): at most 32 messages or 512 KiB are under way; after a time-out or a reconnect
 everything behind the last acknowledgement goes out again. Only ingest's acknowledgement frees the spool.
 
-A process that goes on with an epoch begun by an earlier one first *asks* where ingest stands, by repeating the last
-message it found on disk (where there is none, with its first one, alone). An answer beyond what was sent means that
+A process that goes on with an epoch begun by an earlier one first *asks* where ingest stands, by sending the first
+message that is not acknowledged alone (where all are, the last one on disk). An answer beyond what was sent means that
 this card was restored from an older copy: a new epoch. An answer within what is spooled is believed only once the
 message it names has been repeated, so that ingest compared the checksums; a difference is a conflict, which it answers
 with silence.

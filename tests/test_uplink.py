@@ -244,19 +244,19 @@ def restarted(disk: LossyFiles, spooled: int, acked: int, new: int = 0) -> Uplin
     return linked(again)
 
 
-def test_after_a_start_ingest_is_asked_with_the_last_message() -> None:
+def test_after_a_start_ingest_is_asked_with_the_first_message_it_did_not_acknowledge() -> None:
     uplink = restarted(LossyFiles(), 10, 4, new=2)
     assert uplink.asking
-    assert seqs(uplink, 0.0) == [10]
+    assert seqs(uplink, 0.0) == [5]
     assert seqs(uplink, 0.1) == []
-    assert seqs(uplink, TIMEOUT_S) == [10]
-    ack(uplink, T, 4)
-    assert seqs(uplink, 3.0) == [5, 6, 7, 8, 9, 10, 11, 12]
+    assert seqs(uplink, TIMEOUT_S) == [5]
+    ack(uplink, T, 5)
+    assert seqs(uplink, 3.0) == [6, 7, 8, 9, 10, 11, 12]
 
 
 def test_what_ingest_says_to_have_is_compared_before_it_is_freed() -> None:
     uplink = restarted(LossyFiles(), 10, 4)
-    assert seqs(uplink, 0.0) == [10]
+    assert seqs(uplink, 0.0) == [5]
     ack(uplink, T, 7)
     assert uplink.spool.floor(T) == 5
     assert seqs(uplink, 0.1) == [7]
@@ -309,9 +309,9 @@ def test_a_damaged_message_is_stepped_over_once_everything_before_it_is_logged()
     file = disk.files[path]
     file.now[3 * (len(file.now) // 6) - 1] ^= 0xFF  # in message 3
     uplink = linked(opened(disk))
-    assert seqs(uplink, 0.0) == [6]
-    ack(uplink, T, 0)
-    assert seqs(uplink, 0.1) == [1, 2]
+    assert seqs(uplink, 0.0) == [1]
+    ack(uplink, T, 1)
+    assert seqs(uplink, 0.1) == [2]
     ack(uplink, T, 2)
     assert [(m.header.seq, m.header.floor) for _, m in out(uplink, 0.2)] == [(4, 4), (5, 4), (6, 4)]
     assert uplink.counters.values["lost_total{reason=damaged}"] == 1

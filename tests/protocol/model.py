@@ -145,7 +145,8 @@ def renumbered(gateway: Gateway) -> Gateway:
 def restarted(gateway: Gateway) -> Gateway:
     """Start a new process on the same disk."""
     last = len(gateway.bodies)
-    return Gateway(gateway.epoch, gateway.bodies, gateway.floor, last, last or 1, 0)
+    ask = gateway.floor if gateway.floor <= last else last or 1
+    return Gateway(gateway.epoch, gateway.bodies, gateway.floor, last, ask, 0)
 
 
 def evicted(gateway: Gateway) -> Gateway:
