@@ -187,12 +187,6 @@ class Casework:
             if case["stage"] not in FINISHED:
                 self._tell(case["id"], events.CASE_RECOVERED, active=False)
 
-    def closed_by_owner(self, case: Row) -> None:
-        """A rescue that its owner has closed is done, whatever the sensors have not said: the first clock stops too."""
-        if case["rescued_at"] is None:
-            self.ledger.set(cases, case["id"], rescued_at=self.now_ms)
-            self._say(case, "rescued", "closed_by_owner")
-
     def trapped_again(self, case: Row) -> None:
         """A rescue that looked over is not: its clock runs on."""
         if case["rescued_at"] is not None:

@@ -265,8 +265,6 @@ class Clerk:
         that was found false ends at once, so that whatever comes next is looked at afresh.
         """
         if case["kind"] == "rescue":
-            if verdict != "false_alarm":
-                self.casework.closed_by_owner(case)
             alarm = self.ledger.get(alarms, case["alarm"])
             if alarm is not None and alarm["state"] in alarm_life.HELD:
                 self.settle(alarm, "settle")

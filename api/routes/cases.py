@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, not_, select
 
 from api.routes import answers, rows
 from api.routes.alarms import MISSING
@@ -22,7 +22,9 @@ def list_cases(
     *,
     kind: Annotated[Literal["case", "rescue", "maintenance"] | None, Query(description="only of this kind")] = None,
     stage: Annotated[str | None, Query(description="only at this stage")] = None,
-    state: Annotated[Literal["open", "closed", "all"], Query(description="`open`: not closed yet")] = "all",
+    state: Annotated[
+        Literal["open", "closed", "all"], Query(description="`open`: not closed yet, or the sensors still say trapped")
+    ] = "all",
     cursor: Cursor = None,
     limit: Limit = 50,
 ) -> answers.Page[answers.Case]:
@@ -33,7 +35,7 @@ def list_cases(
     if stage is not None:
         where.append(cases.c.stage == stage)
     if state != "all":
-        where.append(cases.c.closed_at.is_(None) if state == "open" else cases.c.closed_at.is_not(None))
+        where.append(rows.OPEN if state == "open" else not_(rows.OPEN))
     with site.database() as db:
         found, further = rows.page(db, cases, where, cursor, limit)
     items = [answers.Case.model_validate(rows.case(site, row)) for row in found]

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from sqlalchemy import Connection, func, select
 
-from api.routes import answers
+from api.routes import answers, rows
 from api.site import PIPELINE, Here, Problem, Site, not_live, ready
 from api.status import run_name
 from citybrain.clock import real_unix_ms
@@ -123,7 +123,7 @@ _COUNTS = {
     "incidents_open": select(func.count()).where(incidents.c.open == 1),
     "cases": select(func.count()).select_from(cases),
     "rescues": select(func.count()).where(cases.c.kind == "rescue"),
-    "rescues_open": select(func.count()).where(cases.c.kind == "rescue", cases.c.closed_at.is_(None)),
+    "rescues_open": select(func.count()).where(cases.c.kind == "rescue", rows.OPEN),
     "maintenance": select(func.count()).where(cases.c.kind == "maintenance"),
     "cases_open": select(func.count()).where(cases.c.closed_at.is_(None)),
     "closed": select(func.count()).where(cases.c.closed_at.is_not(None)),
@@ -168,10 +168,10 @@ def _counter_families(beats: Mapping[str, Heartbeat]) -> list[Metric]:
             name, label, value = (match["name"], match["label"], match["value"]) if match else (key, "", "")
             samples.setdefault(name.removesuffix("_total"), []).append((component, label, value, amount))
     found: list[Metric] = []
-    for name, rows in sorted(samples.items()):
-        labels = sorted({label for _, label, _, _ in rows if label})
+    for name, taken in sorted(samples.items()):
+        labels = sorted({label for _, label, _, _ in taken if label})
         family = CounterMetricFamily(PREFIX + _safe(name), f"{name}, by component", labels=["component", *labels])
-        for component, label, value, amount in rows:
+        for component, label, value, amount in taken:
             family.add_metric([component, *(value if each == label else "" for each in labels)], amount)
         found.append(family)
     return found

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, RowMapping, Table, select
+from sqlalchemy import ColumnElement, Connection, RowMapping, Table, and_, func, or_, select
 
 from api.routes import answers
 from api.site import Problem, Site
-from citybrain.db.schema import alarms, timeline
+from citybrain.db.schema import alarms, cases, timeline
 from citybrain.errors import ConfigError
 from citybrain.i18n import catalogue
 from citybrain.model import Evidence
@@ -21,6 +21,11 @@ from streams.ruleset import Rule, kind_of
 
 Where = Sequence[ColumnElement[bool]]
 MOST = 200
+# A rescue whose owner closed it while the sensors still say trapped stays in sight until they do not.
+TRAPPED = and_(
+    cases.c.kind == "rescue", cases.c.rescued_at.is_(None), func.coalesce(cases.c.verdict, "confirmed") == "confirmed"
+)
+OPEN = or_(cases.c.closed_at.is_(None), TRAPPED)
 
 
 def cursor_of(value: int | str) -> str:
@@ -161,6 +166,12 @@ def unit(site: Site, code: str) -> answers.Named:
     return answers.Named(code=code, zh=code, en=code)
 
 
+def is_open(row: RowMapping) -> bool:
+    """Return what `OPEN` says of a row."""
+    trapped = row["kind"] == "rescue" and row["rescued_at"] is None and row["verdict"] in (None, "confirmed")
+    return row["closed_at"] is None or trapped
+
+
 def case(site: Site, row: RowMapping) -> dict[str, Any]:
     """Return what `answers.Case` is made of."""
     return {
@@ -169,6 +180,6 @@ def case(site: Site, row: RowMapping) -> dict[str, Any]:
         "place": {name: row[name] for name in ("lon", "lat", "cell", "grid", "street", "address")},
         "unit": unit(site, row["unit"]),
         "area_owner": unit(site, row["area_owner"]),
-        "open": row["closed_at"] is None,
+        "open": is_open(row),
         "evidence": parsed(row["evidence"]),
     }
