@@ -13,10 +13,12 @@ from citybrain.cli import Subcommand
 from citybrain.clock import real_unix_ms, wait_s
 from citybrain.counters import PERIOD_S, Counters
 from citybrain.db.store import open_store
+from citybrain.errors import DiskFull
 from citybrain.layout import Layout, Run
 from rules.categories import load_categories
 
 IDLE_S = 0.02
+FULL_S = 0.5  # how long to wait for room on a full disk
 
 
 class Loop:
@@ -32,9 +34,16 @@ class Loop:
         self._unwritten: list[str] = []
 
     def __call__(self) -> None:
-        """Go round; whatever the database or a disk refuses ends the process, and its supervisor starts it again."""
+        """Go round. A full disk is waited for; whatever else the database refuses ends the process: it is restarted."""
         while not self.stop.is_set():
-            taken = self.once()
+            try:
+                taken = self.once()
+            except DiskFull as error:  # nothing was written; the next round takes the same again
+                self.counters.add("errors_total", stage="disk_full")
+                self.counters.warn(str(error))
+                self.counters.publish()
+                wait_s(FULL_S, self.stop)
+                continue
             self._publish()
             if not taken:
                 wait_s(IDLE_S, self.stop)
@@ -47,10 +56,10 @@ class Loop:
             return self.desk.step(now_ms)
         results = self.deliverer.results()
         self.desk.accept(results)
-        taken = self.desk.step(now_ms)
         if results:
             self._note(sum(result.outcome == "delivered" for result in results), results[-1].error)
             self._unwritten += [result.id for result in results]
+        taken = self.desk.step(now_ms)
         if self._unwritten:
             self.deliverer.written([id for id in self._unwritten if not self.desk.holds(id)])
             self._unwritten = [id for id in self._unwritten if self.desk.holds(id)]

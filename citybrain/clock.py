@@ -13,7 +13,6 @@ from typing import Protocol
 
 import msgspec
 
-MS = 1
 SECOND_MS = 1000
 MINUTE_MS = 60 * SECOND_MS
 HOUR_MS = 60 * MINUTE_MS

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from citybrain.clock import real_unix_ms
-from citybrain.storage import OS_FILES
+from citybrain.storage import OS_FILES, storage_error
 
 PERIOD_S = 1.0
 STALE_MS = 10_000
@@ -83,8 +83,9 @@ class Counters:
         self.add("dropped_total", amount, reason=reason)
 
     def warn(self, text: str) -> None:
-        """Keep one of the last 50 warnings for whoever looks."""
-        self.warnings.append(text)
+        """Keep one of the last 50 warnings for whoever looks; one that is repeated at once stands there once."""
+        if self.warnings[-1:] != [text]:
+            self.warnings.append(text)
         del self.warnings[:-50]
 
     def publish(self, *, force: bool = False) -> None:
@@ -104,5 +105,9 @@ class Counters:
             self.warnings,
         )
         beside = self._path.with_name(f".{self._path.name}")
-        beside.write_bytes(msgspec.json.encode(beat))  # not synced: it is only ever as old as a second
-        beside.replace(self._path)
+        try:
+            beside.write_bytes(msgspec.json.encode(beat))  # not synced: it is only ever as old as a second
+            beside.replace(self._path)
+        except OSError as error:  # a full disk must not end a process that could still serve
+            self.add("errors_total", stage="heartbeat")
+            self.warn(str(storage_error(self._path, error)))

@@ -11,6 +11,7 @@ processes how far everything is synced, so nobody acts on a record that a power 
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterator
 from itertools import pairwise
@@ -212,7 +213,8 @@ class Writer:
         self._sync()
         self._size += len(data)
         self.committed = self.next_offset
-        self._files.mark(self.folder / "committed", self.committed)
+        with contextlib.suppress(DiskFull):  # all is synced: readers only learn of it with a later mark
+            self._files.mark(self.folder / "committed", self.committed)
         return self.committed
 
     def roll(self) -> None:

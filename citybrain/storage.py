@@ -150,11 +150,14 @@ class OsFiles:
 
     def mark(self, path: Path, value: int) -> None:
         """Publish a number to other processes; not durable, and not meant to be."""
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
-            os.pwrite(descriptor, value.to_bytes(8, "little"), 0)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            try:
+                os.pwrite(descriptor, value.to_bytes(8, "little"), 0)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise storage_error(path, error) from error
 
     def marked(self, path: Path) -> int:
         try:

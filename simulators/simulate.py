@@ -13,7 +13,7 @@ import msgspec
 from citybrain.cli import Subcommand, emit
 from citybrain.clock import HOUR_MS
 from citybrain.counters import Counters
-from citybrain.errors import UsageError
+from citybrain.errors import DiskFull, UsageError
 from citybrain.layout import Layout, Run
 from citybrain.mailbox import Command, Mailbox
 from citybrain.model import Gateway
@@ -89,16 +89,26 @@ class Host:
         """Move what is due into the spool; cut or restore the line as the schedule says. Platform time."""
         if self._agent is None or self.service is None:
             return
-        self._counters.add("readings_total", self._agent.step(self._clock.now_ms()))
+        try:
+            self._counters.add("readings_total", self._agent.step(self._clock.now_ms()))
+        except DiskFull as error:  # the spool has counted what it could not take; the line still empties it
+            self._full(error)
         cut = self._schedule.offline(self.id, now_ms)
         if cut != self._cut:
             self._cut = cut
             (self.service.cut if cut else self.service.restore)()
 
+    def _full(self, error: DiskFull) -> None:
+        self._counters.add("errors_total", stage="disk_full")
+        self._counters.warn(str(error))
+
     def close(self) -> None:
         """Hand over what waits, say goodbye, close the files."""
         if self._agent is not None:
-            self._agent.flush(self._clock.now_ms())
+            try:
+                self._agent.flush(self._clock.now_ms())
+            except DiskFull as error:
+                self._full(error)
         if self.service is not None:
             self.service.close(0.2)
         self.spool.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -29,6 +30,8 @@ FAR_MS = 10 * 366 * 86_400_000
 REASONS = ("", "", "unknown_device", "unknown_metric", "wrong_lane", "not_a_number", "out_of_range", "bad_time")
 UNKNOWN_DEVICE, UNKNOWN_METRIC, WRONG_LANE, NOT_A_NUMBER, OUT_OF_RANGE, BAD_TIME = range(2, 8)
 MOST_TABLES = 4096
+FUTURE = "future"  # not a reason to drop: the time is set back
+MOST_LOOKED_AT = 2000
 NO_SPANS, NO_NUMBERS = np.empty((0, 2), np.int64), np.empty(0)
 LOW = np.array([METRICS[name].low for name in METRIC_NAMES] + [-np.inf])  # the last is for names that are no metric
 HIGH = np.array([METRICS[name].high for name in METRIC_NAMES] + [np.inf])
@@ -221,6 +224,18 @@ def decode_readings(readings: Sequence[Reading], index: Index, gateway: int, lan
     times, values, numbers = zip(*rows, strict=True) if rows else ((), (), ())
     arrays = np.array(times, np.int64), np.array(values, np.float64), np.array(numbers, np.uint32)
     return Decoded(*arrays, runs, dict(+dropped), clamped, tuple(unknown))
+
+
+def culprit(readings: Sequence[Reading], index: Index, gateway: int, lane: Lane, received_at: int, why: str) -> str:
+    """Return the first value that has this reason, for a warning: which device, metric, number and time."""
+    values = (
+        (one.device, one.observed_at, metric, number) for one in readings for metric, number in one.values.items()
+    )
+    for device, at, metric, number in islice(values, MOST_LOOKED_AT):
+        found = decode_readings([Reading(device, at, {metric: number})], index, gateway, lane, received_at)
+        if why in found.dropped or (why == FUTURE and found.clamped):
+            return f"{device[:80]} {metric[:80]} = {number:g} at {at}"
+    return f"none of the first {MOST_LOOKED_AT} values"
 
 
 def salvage(payload: bytes) -> wire.Message | None:

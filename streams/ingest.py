@@ -11,12 +11,12 @@ from typing import Any
 import msgspec
 
 from citybrain import wire
-from citybrain.clock import MINUTE_MS
 from citybrain.counters import Counters
-from citybrain.errors import WireError
+from citybrain.errors import DiskFull, WireError
 from citybrain.layout import Active, Layout
 from citybrain.model import Lane
 from citybrain.storage import OS_FILES, Files
+from streams.complaints import Complaints
 from streams.decode import Decoder, salvage
 from streams.intake import Intake, Route
 from streams.log import Control
@@ -58,14 +58,16 @@ class Ingest:
         self.counters = counters
         self.complete = True  # whether the last commit stored everything
         self.gateways: dict[str, GatewayStatus] = {}
+        self._complaints = Complaints(counters)
         self._registries: dict[str, Decoder] = {}
         self._intakes = {
-            shard: Intake(layout, shard, counters, self._decoder, files=files, segment_bytes=segment_bytes)
+            shard: Intake(
+                layout, shard, counters, self._decoder, self._complaints, files=files, segment_bytes=segment_bytes
+            )
             for shard in self.shards
         }
         self._routes: dict[str, tuple[Intake, Route]] = {}
         self._active: Active | None = None
-        self._refused: dict[str, tuple[int, int]] = {}  # reason -> (count since, said at)
 
     def start(self) -> None:
         """Recover the logs of all shards; raises StorageError, and NotFound where content they name is missing."""
@@ -145,14 +147,8 @@ class Ingest:
         self._say(topic, now_ms, fault)
 
     def _say(self, topic: str, now_ms: int, fault: WireError) -> None:
-        """Warn about what is refused, once a minute and reason: a stranger must not push every other warning out."""
-        count, said = self._refused.get(fault.reason, (0, now_ms - MINUTE_MS))
-        if 0 <= now_ms - said < MINUTE_MS:
-            self._refused[fault.reason] = (count + 1, said)
-            return
-        self._refused[fault.reason] = (0, now_ms)
-        more = f" ({count} more since the last such warning)" if count else ""
-        self.counters.warn(f"{topic[:120]}: {str(fault)[:300]}{more}")
+        if self._complaints.due(fault.reason, now_ms):
+            self._complaints.say(fault.reason, now_ms, f"{topic[:120]}: {str(fault)[:300]}")
 
     def tick(self, now_ms: int, up_since: int) -> None:
         """Note in every shard that platform time passed, and since when (Unix ms) the broker link is up."""
@@ -195,7 +191,12 @@ class Ingest:
         active = settled.pop()
         if settled or active == self._active or not (active.registry and active.ruleset):
             return
-        self.layout.write_active(active)
+        try:
+            self.layout.write_active(active)
+        except DiskFull as error:  # the log has it; the others are told with a later commit
+            self.counters.add("errors_total", stage="active")
+            self.counters.warn(str(error))
+            return
         self._active = active
 
     def close(self) -> None:

@@ -19,8 +19,9 @@ from citybrain.layout import Active, Layout
 from citybrain.model import Lane, Reading
 from citybrain.segments import SEGMENT_BYTES, Reader, Record, Writer, segments
 from citybrain.storage import OS_FILES, Files
+from streams.complaints import Complaints
 from streams.cursors import Cursor, Cursors, Lanes, Saved, Verdict, decode_saved, encode_saved
-from streams.decode import Decoded, Decoder, decode_readings
+from streams.decode import FUTURE, Decoded, Decoder, culprit, decode_readings
 from streams.log import Control, FrameHead, Kind, Tick, decode_control, frame_head, pack_frame
 from streams.quarantine import Held, Quarantine
 
@@ -39,6 +40,11 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     ack_topic: str
 
 
+def named(route: Route, header: wire.Header) -> str:
+    """Return what a warning calls a message: gateway, lane, epoch and seq."""
+    return f"{route.gateway} {route.lane.topic} epoch {header.epoch} seq {header.seq}"
+
+
 class Intake:
     """A shard. `load` returns the decoder of a registry by its content hash."""
 
@@ -48,6 +54,7 @@ class Intake:
         shard: int,
         counters: Counters,
         load: Callable[[str], Decoder],
+        complaints: Complaints,
         *,
         files: Files = OS_FILES,
         segment_bytes: int = SEGMENT_BYTES,
@@ -61,6 +68,7 @@ class Intake:
         self._layout = layout
         self._counters = counters
         self._load = load
+        self._complaints = complaints
         self._files = files
         self._writer = Writer(self.folder, files, segment_bytes)
         self._counts: Counter[str] = Counter()
@@ -94,6 +102,7 @@ class Intake:
         self.quarantine.start(self._adopted, replayed)
         for warning in (*self._writer.warnings, *self.quarantine.warnings):
             self._counters.warn(warning)
+            self._counters.add("errors_total", stage="recovery")
         if self._writer.next_offset:
             self._adopt(self._last_ms)
             self.commit()
@@ -184,7 +193,7 @@ class Intake:
             cursor = self.cursors.begin(route.lanes, header.epoch, header.floor, now_ms)
         self.cursors.touch(cursor)
         if header.floor > cursor.expected:
-            self._counts["lost_total{reason=evicted}"] += cursor.skip_to(header.floor)
+            self._skip(route, cursor, header, now_ms)
         if header.seq != cursor.expected:
             self._answer(route, cursor, message, now_ms, fault)
             return
@@ -194,6 +203,8 @@ class Intake:
             try:
                 decoded = self.decoder.decode(message, route.number, route.lane, now_ms)
                 self._count(decoded)
+                if decoded.dropped or decoded.clamped:
+                    self._tell(route, message, decoded, now_ms)
             except WireError as error:
                 fault = error
         if fault is not None:
@@ -223,11 +234,29 @@ class Intake:
         if decoded.clamped:
             counts["clamped_total{reason=future}"] += decoded.clamped
 
+    def _skip(self, route: Route, cursor: Cursor, header: wire.Header, now_ms: int) -> None:
+        """Count what a gateway says is gone at the edge."""
+        expected = cursor.expected
+        self._counts["lost_total{reason=evicted}"] += cursor.skip_to(header.floor)
+        if self._complaints.due("evicted", now_ms):
+            what = f"messages {expected}..{header.floor - 1} are gone at the gateway"
+            self._complaints.say("evicted", now_ms, f"{named(route, header)}: {what}")
+
+    def _tell(self, route: Route, message: wire.Message, decoded: Decoded, now_ms: int) -> None:
+        """Say which value is not used, or had its time set back, and why; the first of each reason."""
+        due = [
+            why for why in (*decoded.dropped, *[FUTURE] * bool(decoded.clamped)) if self._complaints.due(why, now_ms)
+        ]
+        if not due or self.decoder is None:
+            return
+        readings = wire.readings_of(message)
+        for why in due:
+            what = culprit(readings, self.decoder.index, route.number, route.lane, now_ms, why)
+            self._complaints.say(why, now_ms, f"{named(route, message.header)}: {why}: {what}")
+
     def _refuse(self, route: Route, header: wire.Header, fault: WireError) -> None:
         self._counters.drop(fault.reason)
-        self._counters.warn(
-            f"{route.gateway} {route.lane.topic} epoch {header.epoch} seq {header.seq}: {str(fault)[:300]}"
-        )
+        self._counters.warn(f"{named(route, header)}: {str(fault)[:300]}")
 
     def _answer(
         self, route: Route, cursor: Cursor, message: wire.Message, now_ms: int, fault: WireError | None
@@ -238,6 +267,9 @@ class Intake:
             self._counters.drop(fault.reason)
         else:
             self._counters.add(f"{verdict.value}_total")
+        if verdict is Verdict.GAP and self._complaints.due("gap", now_ms):
+            what = f"messages {cursor.expected}..{header.seq - 1} are missing before it; asked to send them again"
+            self._complaints.say("gap", now_ms, f"{named(route, header)}: {what}")
         if verdict is not Verdict.CONFLICT:
             self._answers[id(cursor)] = (route, header.epoch, cursor)
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text as sql
 
-from api.desk import replay
+from api.desk import Desk, DeskConfig, replay
 from citybrain.clock import DAY_MS, system_clock
 from citybrain.counters import read_heartbeats
 from citybrain.db.migrations import HEAD, revision, upgrade
@@ -27,6 +28,9 @@ from citybrain.model import Edge
 from streams.log import Kind
 from tests.conftest import end, eventually
 from tests.desk_city import HYDRANTS, LIFTS, MIN, T0, City, S, everything, invariants
+
+# Per group of alarms (rule, subject, time of its last raise), and what it became: how many such groups.
+Groups = Counter[tuple[frozenset[tuple[str, str, int]], tuple[tuple[str, str], ...]]]
 
 
 @pytest.fixture
@@ -227,7 +231,9 @@ def test_an_acknowledged_rescue_that_chatters_stays_one(city: City) -> None:
 def test_after_a_finished_rescue_the_next_trapping_is_a_new_one(city: City) -> None:
     city.raises("elevator_trapped", "lift-a1", at=0)
     city.command("v1", "verdict", {"case": city.one(cases)["number"], "verdict": "confirmed"}, at=3 * MIN)
+    assert city.one(cases)["rescued_at"] is None  # its owner is done, the sensors are not: it stays in sight
     city.clears("elevator_trapped", "lift-a1", at=5 * MIN)
+    assert city.one(cases)["rescued_at"] == T0 + 5 * MIN
     assert city.one(alarms)["state"] == "closed"
     city.raises("elevator_trapped", "lift-a1", at=6 * MIN)
     assert city.kinds() == {"rescue": 2}
@@ -398,6 +404,47 @@ def test_any_history_keeps_the_invariants_and_its_journal_tells_it_again(
         assert told[name] == retold[name], name
     again.dispose()
     city.close()
+
+
+TRANSITIONS = st.lists(
+    st.tuples(
+        st.sampled_from([0, S, MIN, 40 * MIN]), st.sampled_from(["raise", "clear"]), st.sampled_from(RULE_SUBJECTS)
+    ),
+    max_size=30,
+)
+
+History = list[tuple[int, str, tuple[str, str]]]
+
+
+def groups_of(root: Path, shards: tuple[int, int], batch: int, history: History) -> Groups:
+    """Which alarms belong together, and what each group became, after a desk has read the same logs in some order."""
+    city = City(root, DeskConfig(batch=batch))
+    at = 0
+    for later, edge, (rule, subject) in history:
+        at += later
+        city.put(city.transition(rule, subject, Edge(edge), at))
+    city.desk = Desk(city.store, city.layout, shards, city.desk.categories, city.config)
+    city.desk.start()
+    city.step(at)  # one moment: what is compared is the order of reading, not the time of it
+    orders = city.rows(cases)
+    found: Groups = Counter()
+    for row in city.rows(incidents):
+        members = [alarm for alarm in city.rows(alarms) if alarm["incident"] == row["id"]]
+        became = sorted((one["kind"], one["category"]) for one in orders if one["incident"] == row["id"])
+        found[frozenset((one["rule"], one["subject"], one["raised_at"]) for one in members), tuple(became)] += 1
+    invariants(city)
+    city.close()
+    return found
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(history=TRANSITIONS, batch=st.sampled_from([1, 3, 500]))
+def test_whatever_shard_is_read_first_the_same_alarms_belong_together(
+    history: History, batch: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("city")
+    first = groups_of(root / "first", (0, 1), 500, history)
+    assert groups_of(root / "other", (1, 0), batch, history) == first
 
 
 def test_an_aborted_transaction_leaves_nothing_and_the_next_does_it_all(city: City) -> None:

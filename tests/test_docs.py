@@ -134,3 +134,20 @@ def test_ci_runs_what_the_readme_says() -> None:
     assert "hadolint docker/Dockerfile" in script
     assert "dclint@" in script
     assert re.search(r"DCLINT=\d+\.\d+\.\d+", script)
+
+
+def test_every_test_that_proves_an_invariant_exists() -> None:
+    page = (ROOT / "docs" / "invariants.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_/]+\.py)::(\w+)`", page))
+    assert len(named) > 50
+    for file, name in sorted(named):
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:def {name}\(|{name} = )", text, re.MULTILINE), f"there is no {file}::{name}"
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_every_invariant_has_its_tests_or_says_why_not(number: int) -> None:
+    page = (ROOT / "docs" / "invariants.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith(f"| {number} |"))
+    missing = page[page.index("### Not covered yet") : page.index("## Bad input")]
+    assert "::test_" in row or "::Test" in row or "the table below" in row or f"\n- {number}: " in missing

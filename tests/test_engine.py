@@ -353,6 +353,7 @@ def test_a_rule_set_that_is_wrong_is_refused_and_the_present_one_stays(log: Log)
     assert [t.rule for t in engine.process(log.records)] == ["flow"]
     assert "offset 2: not activated" in engine.warnings[0]
     assert "did you mean 'threshold'" in engine.warnings[0]
+    assert engine.counts["malformed"] == 1
 
 
 def test_content_that_is_missing_stops_the_engine(log: Log) -> None:

@@ -58,13 +58,16 @@ def _begin_reader(connection: Connection) -> None:
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """One transaction of the writer: all of it or nothing.
+    """One transaction of the writer: all of it or nothing; raises what `refusals` says."""
+    with refusals(engine), engine.begin() as connection:
+        yield connection
 
-    Raises DiskFull, or StorageError for what else the database refuses (it is locked, damaged, out of step).
-    """
+
+@contextmanager
+def refusals(engine: Engine) -> Iterator[None]:
+    """Raise DiskFull, or StorageError for what else the database refuses (it is locked, damaged, out of step)."""
     try:
-        with engine.begin() as connection:
-            yield connection
+        yield
     except (DatabaseError, sqlite3.Error) as error:
         said = str(getattr(error, "orig", error))
         kind = DiskFull if "full" in said else StorageError

@@ -77,6 +77,7 @@ class ShardWorker:
         self._snapshot_s = monotonic_s()
         for text in (*self._warnings, *self._writer.warnings):
             self.counters.warn(text)
+            self.counters.add("errors_total", stage="recovery")
 
     def step(self) -> bool:
         """Take the records that are there, make their transitions durable; return whether there were any."""

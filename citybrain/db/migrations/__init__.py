@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sqlalchemy import Engine, inspect, text
 
+from citybrain.db.store import refusals, writing
 from citybrain.errors import StorageError
 
 HEAD = "0001"  # the newest revision in versions/; a test holds it there
@@ -23,9 +24,11 @@ def revision(engine: Engine) -> str | None:
 def upgrade(engine: Engine) -> str | None:
     """Bring the schema up to `HEAD`, in one transaction; return the revision it had.
 
-    Raises StorageError where a newer version of the program wrote the database: going back would lose what it knows.
+    Raises StorageError where a newer version of the program wrote the database (going back would lose what it knows),
+    and what the database refuses: DiskFull, StorageError.
     """
-    before = revision(engine)
+    with refusals(engine):
+        before = revision(engine)
     if before == HEAD:
         return before
     known = {path.name.split("_")[0] for path in (FOLDER / "versions").glob("[0-9]*.py")}
@@ -40,7 +43,7 @@ def upgrade(engine: Engine) -> str | None:
 
     config = Config()
     config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
-    with engine.begin() as connection:
+    with writing(engine) as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, HEAD)
     return before
