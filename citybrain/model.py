@@ -6,6 +6,7 @@ Times are Unix ms UTC; `observed_at` is the sensor's, `received_at` the platform
 from __future__ import annotations
 
 import enum
+from typing import Literal
 
 import msgspec
 
@@ -30,12 +31,13 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where something stands: degrees (CGCS2000), and the code of its unit grid cell."""
+    """Where something stands: degrees (CGCS2000), the code of its unit grid cell, and of the road it stands at."""
 
     lon: float
     lat: float
     cell: str
     address: str = ""
+    road: str = ""
 
 
 class Gateway(msgspec.Struct, frozen=True):
@@ -47,7 +49,13 @@ class Gateway(msgspec.Struct, frozen=True):
 
 
 class Device(msgspec.Struct, frozen=True):
-    """A sensor-bearing asset. `metrics` go up the telemetry lane, `event_metrics` up the event lane."""
+    """A sensor-bearing asset: the subject of alarms and cases. `metrics` go up the telemetry lane, `event_metrics` up
+    the event lane.
+
+    sensor: what the wire calls it, its id where empty. Another sensor on the same asset changes nothing else, so its
+    series, alarms and history go on. mode: while `commissioning` its alarms show and become no cases. maintainer: the
+    unit under contract for this very asset.
+    """
 
     id: str
     kind: str
@@ -59,23 +67,61 @@ class Device(msgspec.Struct, frozen=True):
     building: str = ""
     name: str = ""
     tags: tuple[str, ...] = ()
+    sensor: str = ""
+    mode: Literal["active", "commissioning"] = "active"
+    maintainer: str = ""
+
+    @property
+    def wire_id(self) -> str:
+        """The name under which its readings come."""
+        return self.sensor or self.id
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """A unit grid cell (万米网格单元): its 15-digit code, its responsibility grid and street."""
+    """A unit grid cell (万米网格单元): its 15-digit code, and the areas it lies in by their codes."""
 
     code: str
     grid: str
     street: str
+    workstation: str = ""
+    community: str = ""
+
+
+class Area(msgspec.Struct, frozen=True):
+    """An area that somebody answers for: a street, block workstation, responsibility grid or residential area.
+
+    `parent` is the code of the next larger one.
+    """
+
+    code: str
+    kind: Literal["street", "workstation", "grid", "community"]
+    zh: str
+    en: str = ""
+    parent: str = ""
+
+
+class Road(msgspec.Struct, frozen=True):
+    """A road with its chief (路长): of level 1 on main roads, of level 2 on the others."""
+
+    code: str
+    zh: str
+    en: str = ""
+    level: Literal[1, 2] = 2
+    chief: str = ""
 
 
 class Unit(msgspec.Struct, frozen=True):
-    """A responsible unit (责任单位). `street` is set where it works for one street only."""
+    """A responsible unit (责任单位).
+
+    With `street` alone it is the street's own office, which leads there. With `department` it does that unit's work:
+    stationed in `street` where one is given (派驻机构), else a contractor for the assets that name it as maintainer.
+    """
 
     code: str
     zh: str
     en: str
     street: str = ""
+    department: str = ""
 
 
 class Registry(msgspec.Struct, frozen=True):
@@ -85,6 +131,8 @@ class Registry(msgspec.Struct, frozen=True):
     devices: tuple[Device, ...]
     cells: tuple[Cell, ...] = ()
     units: tuple[Unit, ...] = ()
+    areas: tuple[Area, ...] = ()
+    roads: tuple[Road, ...] = ()
 
 
 class Edge(enum.StrEnum):

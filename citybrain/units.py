@@ -39,6 +39,23 @@ _ALL = (
     Metric("service_mode", "code", 0.0, 7.0, "服务模式", "service mode"),
     # GB/T 24476-2017 style codes; a code is an occurrence: 0 says that none is active.
     Metric("fault_code", "code", 0.0, 999.0, "故障码", "fault code"),
+    # What a hydrant's edge processor makes of fast samples, and what a wet barrel with a closed cap says.
+    Metric("impact_g", "g", 0.0, 200.0, "撞击", "impact"),
+    Metric("hammer_mpa", "MPa", 0.0, 5.0, "水锤幅值", "water hammer amplitude"),
+    Metric("water_present", "0/1", 0.0, 1.0, "栓内有水", "water present"),
+    Metric("rssi_dbm", "dBm", -150.0, 0.0, "信号强度", "signal strength"),
+    Metric("level_m", "m", -10.0, 50.0, "水位", "water level"),
+    # Cameras: health as shares of the normal picture, scene events as how long they have lasted in a region.
+    Metric("signal", "0/1", 0.0, 1.0, "视频信号", "video signal"),
+    Metric("frame_rate_fps", "1/s", 0.0, 240.0, "帧率", "frame rate"),
+    Metric("brightness", "1", 0.0, 1.0, "亮度", "brightness"),
+    Metric("sharpness", "1", 0.0, 10.0, "清晰度", "sharpness"),
+    Metric("view_shift", "1", 0.0, 1.0, "画面偏移", "shift of the view"),
+    Metric("motion", "1", 0.0, 1.0, "画面变化", "motion"),
+    Metric("garbage_s", "s", 0.0, 1e7, "暴露垃圾持续", "garbage for"),
+    Metric("stall_s", "s", 0.0, 1e7, "占道经营持续", "stall on the pavement for"),
+    Metric("lane_blocked_s", "s", 0.0, 1e7, "消防通道占用持续", "fire lane blocked for"),
+    Metric("crowd", "1", 0.0, 1.0, "人群密度", "crowd density"),
     Metric("value", "1", -1e15, 1e15, "数值", "value"),
     Metric("uptime_s", "s", 0.0, 1e10, "运行时长", "uptime"),
     Metric("spooled", "messages", 0.0, 1e9, "待发消息", "spooled messages"),

@@ -146,7 +146,7 @@ class _Names:
     """The registry's names as hash tables for the JSON parser; `guess` remembers the order metrics came in."""
 
     def __init__(self, kernels: ModuleType, index: Index) -> None:
-        devices = _hashed(kernels, [device.id for device in index.devices])
+        devices = _hashed(kernels, [device.wire_id for device in index.devices])
         metrics = _hashed(kernels, METRIC_NAMES)
         guess = np.zeros(64, np.int64)  # the parser's set of seen metrics is one word
         limits = np.stack((LOW, HIGH))
@@ -173,7 +173,7 @@ def _decoded(observed_at: I64, value: F64, series: U32, stats: list[int]) -> Dec
 
 def _device_of(index: Index, name: str, gateway: int) -> int:
     """Return the number of a device of this gateway, or -1: another gateway's device is none of its own."""
-    number = index.device_index.get(name, -1)
+    number = index.wire_index.get(name, -1)
     return number if number >= 0 and index.device_gateway[number] == gateway else -1
 
 

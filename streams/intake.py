@@ -306,7 +306,7 @@ class Intake:
         index = self.decoder.index
         for gateway, device in list(self.quarantine.pending):
             number = index.gateway_index.get(gateway, -1)
-            known = index.device_index.get(device, -1)
+            known = index.wire_index.get(device, -1)
             if number < 0 or known < 0 or index.device_gateway[known] != number:
                 continue
             self._adopting[f"{gateway}/{device}"] = self.quarantine.next_offset

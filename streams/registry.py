@@ -32,6 +32,7 @@ class Index:
         _check(registry, self.gateway_index)
         self.devices = tuple(sorted(registry.devices, key=lambda d: (self.gateway_index[d.gateway], d.id)))
         self.device_index = {device.id: index for index, device in enumerate(self.devices)}
+        self.wire_index = {device.wire_id: index for index, device in enumerate(self.devices)}  # by what the wire says
         rows = [
             (d, METRIC_INDEX[name], lane)
             for d, device in enumerate(self.devices)
@@ -67,11 +68,15 @@ class Index:
 
 def _check(registry: Registry, gateways: dict[str, int]) -> None:
     seen: set[str] = set()
+    sensors: dict[str, str] = {}
     for device in registry.devices:
         where = f"registry device {device.id!r}"
         if device.id in seen or (device.id in gateways and device.kind != "gateway"):
             raise ConfigError(where, "this id is given twice")
         seen.add(device.id)
+        if device.wire_id in sensors:
+            raise ConfigError(where, f"its sensor {device.wire_id!r} is that of {sensors[device.wire_id]!r} too")
+        sensors[device.wire_id] = device.id
         if device.gateway not in gateways:
             raise ConfigError(where, f"its gateway {device.gateway!r} is not in the registry")
         both = set(device.metrics) & set(device.event_metrics)
