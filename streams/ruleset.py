@@ -159,7 +159,8 @@ def problems(rule: Rule, lines: Lines | None = None, path: str = "") -> list[Con
         return [error, *_errors(_rule_problems(rule), lines, before)]
     found = [(f"when.{field}".rstrip("."), what) for field, what in kind.problems(parameters)]
     if kind.JUDGES:
-        found += _metric_problems("when.metric", kind.metric(parameters))
+        for name in kind.metrics(parameters):
+            found += _metric_problems("when.metric", name)
     elif rule.unless or rule.only_while:
         field = "unless" if rule.unless else "only_while"
         found.append((field, f"kind {rule.when['kind']} takes no guard: expected it only on rules that judge values"))
