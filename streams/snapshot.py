@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -31,6 +31,13 @@ class Header(msgspec.Struct, frozen=True):
     faults: list[tuple[str, str, int]]
     counts: dict[str, int]
     format: int = FORMAT
+
+
+class Frozen(NamedTuple):
+    """An engine's memory as it was at one offset; nobody changes it any more, so any thread may write it."""
+
+    header: Header
+    arrays: dict[str, npt.NDArray[Any]]
 
 
 class _Version(msgspec.Struct):

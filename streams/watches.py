@@ -69,10 +69,10 @@ def fresh_life(table: Table) -> Life:
 class Conditions:
     """Instances of a kind that judges single values."""
 
-    def __init__(self, table: Table, of_series: I32) -> None:
+    def __init__(self, table: Table) -> None:
         self.table = table
         self.mutes = no_mutes()
-        self.gateways = Gateways(of_series, table.first, np.zeros(len(table.first) - 1, np.int64))
+        self.gateways = Gateways(table.first, np.zeros(len(table.first) - 1, np.int64))
         self.life = fresh_life(table)
         self.arrays: dict[str, npt.NDArray[Any]] = {
             name: array for name, array in self.life._asdict().items() if name != "side"
@@ -134,10 +134,10 @@ class Conditions:
 class Silences:
     """Devices whose absence runs on their gateway's live time."""
 
-    def __init__(self, table: Table, of_series: I32, of_instance: I32, times: Times) -> None:
+    def __init__(self, table: Table, of_instance: I32, times: Times) -> None:
         self.table = table
         self.mutes = no_mutes()
-        self.gateways = Gateways(of_series, table.first, np.full(len(table.first) - 1, -1, np.int64))
+        self.gateways = Gateways(table.first, np.full(len(table.first) - 1, -1, np.int64))
         state = np.zeros(len(table.rule), absence.STATE)
         state["due"] = times.live[of_instance] + table.settings["timeout"][table.rule]
         state["heard"] = -1

@@ -8,6 +8,7 @@ from citybrain.errors import CityBrainError
 from citybrain.layout import Layout
 from citybrain.storage import OS_FILES
 from streams.engine import Engine
+from streams.snapshot import Frozen, save_snapshot
 
 SUFFIX = ".snapshot"
 KEPT = 2
@@ -20,9 +21,14 @@ def snapshot_paths(folder: Path) -> list[Path]:
 
 def write_snapshot(engine: Engine, folder: Path) -> Path:
     """Write a snapshot named by the log offset that comes next; remove all but the last two. Raises StorageError."""
-    path = folder / f"{engine.offset:020d}{SUFFIX}"
+    return write_frozen(engine.freeze(), folder)
+
+
+def write_frozen(frozen: Frozen, folder: Path) -> Path:
+    """Write what an engine remembered; it may go on meanwhile. Raises StorageError."""
+    path = folder / f"{frozen.header.offset:020d}{SUFFIX}"
     OS_FILES.make(folder)
-    OS_FILES.replace(path, engine.snapshot())
+    OS_FILES.replace(path, save_snapshot(*frozen))
     for old in snapshot_paths(folder)[:-KEPT]:
         OS_FILES.remove(old)
     return path
