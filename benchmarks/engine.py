@@ -41,6 +41,7 @@ from streams.registry import Index, encode_registry
 from streams.ruleset import Rule, RuleSet, encode_ruleset
 from streams.runtimes.snapshots import restored_engine, write_frozen
 from streams.warm import warm_engine
+from streams.watches import Conditions, Watch
 
 PLACE = Place(121.47, 31.23, "310104001001001")
 START = 1_767_225_600_000
@@ -141,12 +142,20 @@ def held_bytes(engine: Engine) -> dict[str, int]:
     found = {"state": 0, "plan": 0, "links": 0, "times": size_of(*engine.times)}
     for watch in engine.watches.values():
         table = watch.table
-        found["state"] += size_of(*watch.arrays.values())
+        found["state"] += state_bytes(watch)
         found["plan"] += size_of(table.rule, table.device, table.side, table.first, table.settings, table.judged)
         found["links"] += size_of(table.links.start, table.links.instance, table.links.role, table.links.term)
     arrays = vars(engine.index).values() if engine.index is not None else ()
     found["registry"] = size_of(*(each for each in arrays if isinstance(each, np.ndarray)))
     return found
+
+
+def state_bytes(watch: Watch) -> int:
+    """Return the bytes of what a table's instances remember."""
+    if isinstance(watch, Conditions):
+        life = watch.life
+        return size_of(life.phase, life.state, life.gate, life.ring, life.seen, watch.memory)
+    return size_of(*watch.freeze().values())
 
 
 def size_of(*arrays: npt.NDArray[Any]) -> int:

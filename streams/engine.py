@@ -26,7 +26,7 @@ from streams.log import F64, I64, Control, Kind, Tick, decode_control, decode_ti
 from streams.plan import Plan, Table, add_override, compile_mutes, compile_plan, compile_rules
 from streams.registry import Index, decode_registry
 from streams.ruleset import decode_ruleset
-from streams.snapshot import Frozen, Header, fill, load_snapshot, save_snapshot
+from streams.snapshot import Frozen, Header, Stored, load_snapshot, save_snapshot
 from streams.watches import Conditions, Heartbeats, Silences, Watch
 
 BATCH_VALUES = 65_536  # what a batch holds stays in the cache from kernel to kernel; never decides a result
@@ -308,17 +308,14 @@ class Engine:
             faults=[(*key, n) for key, n in sorted(self.faults.items())],
             counts=dict(self.counts),
         )
-        return Frozen(header, {name: array.copy() for name, array in self._arrays().items()})
+        arrays: dict[str, npt.NDArray[Any]] = {name: array.copy() for name, array in self.times._asdict().items()}
+        for name, watch in self.watches.items():
+            arrays |= {f"{name}.{part}": array for part, array in watch.freeze().items()}
+        return Frozen(header, arrays)
 
     def snapshot(self) -> bytes:
         """Return everything the engine remembers: a zip of header.json and npy arrays."""
         return save_snapshot(*self.freeze())
-
-    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
-        arrays: dict[str, npt.NDArray[Any]] = dict(self.times._asdict())
-        for name, watch in self.watches.items():
-            arrays |= {f"{name}.{part}": array for part, array in watch.arrays.items()}
-        return arrays
 
     def restore(self, content: bytes) -> None:
         """Go on from a snapshot; raises StorageError where it is damaged, another version's or another shard's."""
@@ -330,8 +327,11 @@ class Engine:
         self.counts = Counter(header.counts)
         self.index, self.times = None, Times.fresh(0, 0)
         self._install(index, plan, 0)
-        for name, array in self._arrays().items():
-            fill(array, arrays, name)
+        for name, array in self.times._asdict().items():
+            array[...] = Stored(arrays).array(name, array.dtype, array.shape)
+        for name, watch in self.watches.items():
+            watch.thaw(Stored(arrays, f"{name}."))
+        self._settle()
 
 
 def carry_times(times: Times, before: Index | None, index: Index) -> Times:

@@ -80,10 +80,17 @@ def load_snapshot(content: bytes, shard: int | None = None) -> tuple[Header, dic
     return header, arrays
 
 
-def fill(own: npt.NDArray[Any], arrays: dict[str, npt.NDArray[Any]], name: str) -> None:
-    """Put a stored array into ours; raises StorageError where it has another shape or other fields."""
-    stored = arrays.get(name)
-    if stored is None or stored.shape != own.shape or stored.dtype != own.dtype:
-        found = "none" if stored is None else f"{stored.dtype} {stored.shape}"
-        raise StorageError(f"snapshot array {name}: expected {own.dtype} {own.shape}, found {found}; replay the log")
-    own[...] = stored
+class Stored(NamedTuple):
+    """The arrays of a snapshot whose names begin with `prefix`."""
+
+    arrays: dict[str, npt.NDArray[Any]]
+    prefix: str = ""
+
+    def array(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """Return a stored array; raises StorageError where it is missing, of another shape or of other fields."""
+        stored = self.arrays.get(self.prefix + name)
+        if stored is None or stored.shape != shape or stored.dtype != dtype:
+            found = "none" if stored is None else f"{stored.dtype} {stored.shape}"
+            what = f"snapshot array {self.prefix}{name}"
+            raise StorageError(f"{what}: expected {dtype} {shape}, found {found}; replay the log")
+        return stored

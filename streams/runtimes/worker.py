@@ -24,7 +24,7 @@ from citybrain.segments import Reader, Record, Writer, segments
 from citybrain.storage import OS_FILES, Files
 from streams.log import Kind
 from streams.runtimes.ingest import parse_shards
-from streams.runtimes.snapshots import restored_engine, write_snapshot
+from streams.runtimes.snapshots import Saver, restored_engine
 from streams.warm import warm_engine
 
 READ_BYTES = 8 * 1024 * 1024
@@ -67,6 +67,7 @@ class ShardWorker:
         self._reader = Reader(layout.log(shard), self.engine.offset, files)
         self._written = (-1, -1)
         self._waiting: list[Transition] = []
+        self._saver = Saver(layout.engine(shard))
         self._snapshot_offset = self.engine.offset
         self._snapshot_s = 0.0
 
@@ -100,7 +101,9 @@ class ShardWorker:
     def stop(self) -> None:
         """Write a last snapshot, unless transitions still wait for room on the disk."""
         if not self._waiting and self.engine.offset != self._snapshot_offset:
+            self._finish_snapshot()
             self._snapshot()
+        self._finish_snapshot()
         self._writer.close()
 
     def _write(self) -> bool:
@@ -137,15 +140,22 @@ class ShardWorker:
 
     def _snapshot_if_due(self) -> None:
         behind = self.engine.offset - self._snapshot_offset
+        if self._saver.busy:
+            return
+        self._finish_snapshot()
         if behind and (behind >= SNAPSHOT_RECORDS or monotonic_s() - self._snapshot_s >= self._period_s):
             self._snapshot()
 
     def _snapshot(self) -> None:
+        """Copy what the engine remembers and have it written beside the stream."""
+        self._saver.save(self.engine.freeze())
+        self._snapshot_offset, self._snapshot_s = self.engine.offset, monotonic_s()
+
+    def _finish_snapshot(self) -> None:
         try:
-            write_snapshot(self.engine, self.layout.engine(self.shard))
+            self._saver.finish()
         except DiskFull as error:
             self.counters.warn(str(error))  # the last one still stands; recovery only takes longer
-        self._snapshot_offset, self._snapshot_s = self.engine.offset, monotonic_s()
 
 
 class WorkerProcess:
