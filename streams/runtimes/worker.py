@@ -15,10 +15,10 @@ from types import FrameType
 import msgspec
 
 from citybrain.cli import Subcommand
-from citybrain.clock import Clock, monotonic_s, wait_s
-from citybrain.counters import Counters
+from citybrain.clock import monotonic_s, wait_s
+from citybrain.counters import Counters, process_name
 from citybrain.errors import DiskFull
-from citybrain.layout import Layout
+from citybrain.layout import Layout, Run
 from citybrain.model import Transition
 from citybrain.segments import Reader, Record, Writer, segments
 from citybrain.storage import OS_FILES, Files
@@ -161,10 +161,10 @@ class ShardWorker:
 class WorkerProcess:
     """The loop over all shards of this process. `run` returns when `stop` has been called."""
 
-    def __init__(self, layout: Layout, shards: Sequence[int], clock: Clock, snapshot_s: float = SNAPSHOT_S) -> None:
-        self.counters = Counters("worker", layout.run)
+    def __init__(self, layout: Layout, run: Run, shards: Sequence[int], snapshot_s: float = SNAPSHOT_S) -> None:
+        self.counters = Counters(process_name("worker", shards, run.shards), layout.run)
         self.shards = [ShardWorker(shard, layout, self.counters, snapshot_s) for shard in shards]
-        self._clock = clock
+        self._clock = run.clock
         self._stopping = False
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
@@ -218,7 +218,7 @@ def _run(args: argparse.Namespace) -> int:
     layout = Layout(args.data)
     layout.make()
     run = layout.read_run()
-    process = WorkerProcess(layout, parse_shards(args.shards, run.shards), run.clock, args.snapshot_s)
+    process = WorkerProcess(layout, run, parse_shards(args.shards, run.shards), args.snapshot_s)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, process.stop)
     process.run()
