@@ -23,7 +23,16 @@ from streams.batch import FOREIGN, LATE, READINGS, USED, Frames, Times, lay, tak
 from streams.kinds.absence import Watched
 from streams.kinds.holding import I32
 from streams.log import F64, I64, Control, Kind, Tick, decode_control, decode_tick
-from streams.plan import Plan, Table, add_override, compile_mutes, compile_plan, compile_rules
+from streams.plan import (
+    Plan,
+    Table,
+    add_override,
+    compile_mutes,
+    compile_plan,
+    compile_rules,
+    rows_in_force,
+    unusual,
+)
 from streams.registry import Index, decode_registry
 from streams.ruleset import decode_ruleset
 from streams.snapshot import Frozen, Header, Stored, load_snapshot, save_snapshot
@@ -41,6 +50,7 @@ class Cause(NamedTuple):
     record: int
     position: int  # of the value in its frame; -1 where the record as a whole caused it
     device: int
+    order: int
     rule: int
     watch: Watch
     row: np.void
@@ -75,6 +85,7 @@ class Engine:
         self.times = Times.fresh(0, 0)
         self.watches: dict[str, Watch] = {}
         self.overrides: tuple[Control, ...] = ()
+        self.ticked_ms = 0  # platform time as the log tells it: overrides of rules end by it
         self.faults: Counter[tuple[str, str]] = Counter()
         self._of_series: I32 = np.zeros(0, np.int32)
 
@@ -96,6 +107,14 @@ class Engine:
                 found += self._control(record)
                 waiting, size = [], 0
             elif record.kind in (FRAME, TICK):
+                if record.kind == TICK:
+                    tick = self._tick(record)
+                    if tick is None:
+                        continue
+                    if self._ends(tick):
+                        found += self._run(waiting)
+                        self._end_overrides()
+                        waiting, size = [], 0
                 waiting.append(record)
                 size += len(record.payload)
                 if size > 20 * BATCH_VALUES:
@@ -120,7 +139,8 @@ class Engine:
         for place in of_frame[laid.kept == 0].tolist():
             self._malformed(records[place], "frame")
         for place, record in enumerate(records):
-            if record.kind == TICK and (tick := self._tick(record)) is not None:
+            if record.kind == TICK:
+                tick = decode_tick(record.payload)
                 watched.kind[place], watched.at[place], watched.up[place] = 2, tick.at, tick.up_since
         causes = [*self._judge(laid, of_frame), *self._watch(watched)]
         return self._transitions(records, causes) if causes else []
@@ -155,7 +175,7 @@ class Engine:
             frames = np.searchsorted(laid.start, rows["position"], "right") - 1
             for frame, row in zip(frames.tolist(), rows, strict=True):
                 position = int(row["position"] - laid.start[frame])
-                yield Cause(int(of_frame[frame]), position, *owner(watch.table, row["instance"]), watch, row)
+                yield Cause(int(of_frame[frame]), position, *self._owner(watch.table, row["instance"]), watch, row)
 
     def _watch(self, watched: Watched) -> Iterator[Cause]:
         """Run what looks at whole records: gateways that fall silent and come back."""
@@ -163,7 +183,13 @@ class Engine:
         if not isinstance(watch, Heartbeats):
             return
         for row in watch.run(watched):
-            yield Cause(int(row["position"]), -1, *owner(watch.table, row["instance"]), watch, row)
+            yield Cause(int(row["position"]), -1, *self._owner(watch.table, row["instance"]), watch, row)
+
+    def _owner(self, table: Table, instance: int) -> tuple[int, int, int]:
+        """Return an instance's device, its rule's place in the rule set, and the row it runs with."""
+        assert self.plan is not None
+        rule = int(table.rule[instance])
+        return int(table.device[instance]), int(self.plan.orders[rule]), rule
 
     def _transitions(self, records: list[Record], causes: list[Cause]) -> list[Transition]:
         causes.sort(key=lambda cause: cause[:4])  # stable: one instance's rows of one value keep their order
@@ -210,6 +236,11 @@ class Engine:
         if control.what == "override":
             self.overrides = add_override(self.overrides, control)
             self._mute()
+            if self.index is not None and not len(self.index.under(control.subject)):
+                where = f"log {self.shard} offset {record.offset}"
+                self.warnings.append(
+                    f"{where}: an override of {control.subject!r}: no such device or area; it mutes nobody"
+                )
         elif control.what == "registry":
             return self._activate(control.content, self.ruleset, control.at, record)
         elif control.what == "ruleset":
@@ -223,12 +254,35 @@ class Engine:
             return []
         self.faults[control.rule, control.subject] += 1
         for override in self.overrides:
-            concerns = override.subject == control.subject and override.rule in ("*", control.rule)
+            concerns = override.rule in ("*", control.rule) and self._means(override.subject, control.subject)
             if concerns and override.from_ms <= control.at < override.until_ms:
                 return []
         evidence = Evidence("", None, None, control.at, self.faults[control.rule, control.subject])
         where = (self.shard, record.offset, 0, control.rule, control.subject)
         return [Transition(*where, Edge.RAISE, control.at, record.received_at, evidence, self.ruleset)]
+
+    def _means(self, subject: str, device: str) -> bool:
+        """Return whether an override's subject is a device or an area the device is in."""
+        number = self.index.device_index.get(device, -1) if self.index is not None else -1
+        return subject == device or (self.index is not None and number in self.index.under(subject))
+
+    def _ends(self, tick: Tick) -> bool:
+        """Move platform time on; return whether an override of a rule ends with it."""
+        before, self.ticked_ms = self.ticked_ms, max(self.ticked_ms, tick.at)
+        variants = self.plan.variants if self.plan is not None else ()
+        return any(before < variant.until_ms <= self.ticked_ms for variant in variants)
+
+    def _end_overrides(self) -> None:
+        """Go over to the parameters that hold now; what is raised stays raised and clears by its new limits."""
+        assert self.plan is not None
+        assert self.index is not None
+        keys = key_numbers(self.plan)
+        for watch in self.watches.values():
+            table = watch.table
+            now = rows_in_force(self.plan, table, self.index, self.ticked_ms)
+            changed = np.flatnonzero(keys[now] != keys[table.rule])
+            table.rule[:] = now
+            watch.change(changed, self.times)
 
     def _activate(self, registry: str, ruleset: str, at_ms: int, record: Record) -> list[Transition]:
         """Go over to another registry or rule set. One that is wrong is refused and the present one stays."""
@@ -245,7 +299,15 @@ class Engine:
         self._install(index, plan, record.received_at)
         gone = carry_over(before, InForce(index, plan, self.watches))
         self._settle()
+        self._wonder(record)
         return self._gone(gone, at_ms, record)
+
+    def _wonder(self, record: Record) -> None:
+        """Say what is probably not meant: a rule that selects nothing or everything, an override that is over."""
+        if self.index is not None and self.ruleset:
+            ruleset = decode_ruleset(self.layout.get_blob(self.ruleset))
+            for rule, field, what in unusual(ruleset, self.index, self.ticked_ms):
+                self.warnings.append(f"log {self.shard} offset {record.offset}: rule {rule} {field}: {what}")
 
     def _compile(self, registry: str, ruleset: str) -> tuple[Index | None, Plan | None]:
         if not registry:
@@ -256,7 +318,7 @@ class Engine:
         index = index or Index(decode_registry(self.layout.get_blob(registry)), registry)
         if not ruleset:
             return index, None
-        return index, compile_plan(decode_ruleset(self.layout.get_blob(ruleset)), index, self.shard)
+        return index, compile_plan(decode_ruleset(self.layout.get_blob(ruleset)), index, self.shard, self.ticked_ms)
 
     def _install(self, index: Index | None, plan: Plan | None, known_ms: int) -> None:
         """Put index and plan in force with fresh state; the times of series and gateways go on."""
@@ -305,6 +367,7 @@ class Engine:
             registry=self.registry,
             ruleset=self.ruleset,
             overrides=self.overrides,
+            ticked_ms=self.ticked_ms,
             faults=[(*key, n) for key, n in sorted(self.faults.items())],
             counts=dict(self.counts),
         )
@@ -320,6 +383,7 @@ class Engine:
     def restore(self, content: bytes) -> None:
         """Go on from a snapshot; raises StorageError where it is damaged, another version's or another shard's."""
         header, arrays = load_snapshot(content, self.shard)
+        self.ticked_ms = header.ticked_ms
         index, plan = self._compile(header.registry, header.ruleset)
         self.registry, self.ruleset, self.offset = header.registry, header.ruleset, header.offset
         self.overrides = header.overrides
@@ -350,13 +414,8 @@ def carry_times(times: Times, before: Index | None, index: Index) -> Times:
     return fresh
 
 
-def owner(table: Table, instance: int) -> tuple[int, int]:
-    """Return the device and the rule of an instance, by their numbers."""
-    return int(table.device[instance]), int(table.rule[instance])
-
-
 class Gone(NamedTuple):
-    """What was raised and exists no longer; they sort as the engine numbers its instances."""
+    """What was raised and exists no longer; they sort as transitions do."""
 
     device: int
     order: int
@@ -368,44 +427,47 @@ def carry_over(old: InForce, new: InForce) -> list[Gone]:
     """Carry state over by table, rule id and subject; return what was raised and is gone."""
     if old.registry is None or old.plan is None:
         return []
-    device_now, rule_now, same_rule = now_of(old, new)
     gone: list[Gone] = []
     for name, watch in old.watches.items():
         table, kept = watch.table, np.zeros(len(watch.table.rule), np.bool_)
-        if name in new.watches and new.plan is not None:
+        if name in new.watches and new.plan is not None and new.registry is not None:
             adopting = new.watches[name]
-            pairs = instance_now(table, adopting.table, device_now, rule_now, len(new.plan.rules))
-            kept = pairs >= 0
-            theirs = np.flatnonzero(kept)
-            adopting.adopt(pairs[theirs], watch, theirs, same_rule[table.rule[theirs]])
+            now = instances_now(old, table, new, adopting.table)
+            kept = now >= 0
+            theirs, mine = np.flatnonzero(kept), now[kept]
+            known: dict[bytes, int] = {}
+            before, after = key_numbers(old.plan, known), key_numbers(new.plan, known)
+            same = before[table.rule[theirs]] == after[adopting.table.rule[mine]]
+            adopting.adopt(mine, watch, theirs, same)
         for j in np.flatnonzero(watch.raised() & ~kept).tolist():
-            device, rule = owner(table, j)
-            gone.append(Gone(device, rule, old.plan.rules[rule].rule.id, old.registry.devices[device].id))
+            device, rule = int(table.device[j]), old.plan.rules[table.rule[j]]
+            gone.append(Gone(device, rule.order, rule.rule.id, old.registry.devices[device].id))
     return gone
 
 
-def now_of(old: InForce, new: InForce) -> tuple[I32, I32, npt.NDArray[np.bool_]]:
-    """Return, by old number: a device's and a rule's new one, -1 where it is gone; and whether the rule is the same."""
+def key_numbers(plan: Plan, known: dict[bytes, int] | None = None) -> I64:
+    """Return, by row, a number that is equal where the condition is; `known`: the numbers given so far."""
+    known = {} if known is None else known
+    return np.array([known.setdefault(it.key, len(known)) for it in plan.rules], np.int64)
+
+
+def instances_now(old: InForce, before: Table, new: InForce, after: Table) -> I64:
+    """Return, by old instance, the new one of the same device and rule, -1 where there is none."""
     assert old.registry is not None
     assert old.plan is not None
-    index, rules = new.registry, new.plan.rules if new.plan is not None else ()
-    places = index.device_index if index is not None else {}
-    device = np.fromiter((places.get(d.id, -1) for d in old.registry.devices), np.int32, len(old.registry.devices))
-    numbers = {it.rule.id: r for r, it in enumerate(rules)}
-    rule = np.array([numbers.get(it.rule.id, -1) for it in old.plan.rules], np.int32)
-    same = [r >= 0 and rules[r].key == it.key for r, it in zip(rule.tolist(), old.plan.rules, strict=True)]
-    return device, rule, np.array(same, np.bool_)
-
-
-def instance_now(old: Table, new: Table, device: I32, rule: I32, rules: int) -> I64:
-    """Return, by old instance, the new one of the same device and rule, -1 where there is none."""
-    keys = new.device.astype(np.int64) * rules + new.rule
-    order = np.argsort(keys)
-    d, r = device[old.device].astype(np.int64), rule[old.rule]
-    wanted = np.where((d >= 0) & (r >= 0), d * rules + r, -1)
-    at = np.minimum(np.searchsorted(keys, wanted, sorter=order), max(len(keys) - 1, 0))
-    found = order[at] if len(keys) else np.zeros(len(wanted), np.int64)
-    return np.where(keys[found] == wanted, found, -1) if len(keys) else np.full(len(wanted), -1, np.int64)
+    assert new.registry is not None
+    assert new.plan is not None
+    places, rules = new.registry.device_index, {it.rule.id: it.order for it in new.plan.rules}
+    device = np.fromiter((places.get(d.id, -1) for d in old.registry.devices), np.int64, len(old.registry.devices))
+    order = np.array([rules.get(it.rule.id, -1) for it in old.plan.rules], np.int64)
+    d, r = device[before.device], order[before.rule]
+    wanted = np.where((d >= 0) & (r >= 0), d * len(new.plan.rules) + r, -1)
+    keys = after.device.astype(np.int64) * len(new.plan.rules) + new.plan.orders[after.rule]
+    sorter = np.argsort(keys)
+    if not len(keys):
+        return np.full(len(wanted), -1, np.int64)
+    found = sorter[np.minimum(np.searchsorted(keys, wanted, sorter=sorter), len(keys) - 1)]
+    return np.where(keys[found] == wanted, found, -1)
 
 
 def latest_from_snapshot(content: bytes) -> tuple[str, int, I64, F64]:

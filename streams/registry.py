@@ -90,7 +90,7 @@ class Index:
             mask = np.zeros(len(self.devices), np.bool_)
             mask[[self.device_index[wanted]] if wanted in self.device_index else []] = True
             return mask
-        codes, names = self._label(field)
+        codes, names = self.label(field)
         if field == "tag":
             return np.isin(codes, [code for tags, code in names.items() if wanted in tags])
         return np.asarray(codes == names.get(wanted, -1))
@@ -102,7 +102,7 @@ class Index:
         field, _, code = subject.partition(":")
         return np.flatnonzero(self.having(field, code)) if field in AREAS and code else np.zeros(0, np.int64)
 
-    def _label(self, field: str) -> tuple[I32, dict[Any, int]]:
+    def label(self, field: str) -> tuple[I32, dict[Any, int]]:
         """Return the field's values as numbers by device, and which value has which number."""
         if field not in self._labels:
             cells = {cell.code: cell for cell in self.registry.cells}
