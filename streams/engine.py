@@ -33,7 +33,7 @@ from streams.plan import (
     rows_in_force,
     unusual,
 )
-from streams.registry import Index, decode_registry
+from streams.registry import METRIC_NAMES, Index, decode_registry
 from streams.ruleset import decode_ruleset
 from streams.snapshot import Frozen, Header, Stored, load_snapshot, save_snapshot
 from streams.watches import Conditions, Heartbeats, Silences, Watch
@@ -407,11 +407,24 @@ def carry_times(times: Times, before: Index | None, index: Index) -> Times:
         old = before.gateway_index.get(gateway.id)
         if old is not None:
             fresh.stream[g], fresh.live[g] = times.stream[old], times.live[old]
-    device = np.array([before.device_index.get(d.id, -1) for d in index.devices], np.int64)[index.series_device]
-    old_series = np.where(device >= 0, before.series_of[device, index.series_metric], -1)
-    known = old_series >= 0
-    fresh.last_t[known], fresh.last_v[known] = times.last_t[old_series[known]], times.last_v[old_series[known]]
+    olds, news = shared_series(before, index)
+    fresh.last_t[news], fresh.last_v[news] = times.last_t[olds], times.last_v[olds]
     return fresh
+
+
+def shared_series(before: Index, after: Index) -> tuple[I64, I64]:
+    """Return the numbers of the series that both have, (device, metric) by (device, metric)."""
+    places, count = before.device_index, len(after.devices)
+    device = np.fromiter((places.get(d.id, -1) for d in after.devices), np.int64, count)[after.series_device]
+    metrics = len(METRIC_NAMES)
+    keys = before.series_device.astype(np.int64) * metrics + before.series_metric
+    wanted = np.where(device >= 0, device * metrics + after.series_metric, -1)
+    if not len(keys):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    sorter = np.argsort(keys)
+    found = sorter[np.minimum(np.searchsorted(keys, wanted, sorter=sorter), len(keys) - 1)]
+    new = np.flatnonzero(keys[found] == wanted)
+    return found[new], new
 
 
 class Gone(NamedTuple):

@@ -84,6 +84,12 @@ class Index:
         found[self.series_device[series]] = series
         return found
 
+    def series_of_gateway(self, number: int) -> slice:
+        """Return which series are a gateway's; they stand together."""
+        devices = np.searchsorted(self.device_gateway, [number, number + 1])
+        low, high = np.searchsorted(self.series_device, devices)
+        return slice(int(low), int(high))
+
     def having(self, field: str, wanted: str) -> Mask:
         """Return, by device, whether its field (one of FIELDS) has this value."""
         if field == "device":
