@@ -56,7 +56,6 @@ class Index:
         number = self.gateway_index
         self.devices = tuple(sorted(registry.devices, key=lambda d: (number[d.gateway], d.id)))
         self.device_index = {device.id: index for index, device in enumerate(self.devices)}
-        self.wire_index = {device.wire_id: index for index, device in enumerate(self.devices)}  # by what the wire says
         count = len(self.devices)
         self.device_gateway = np.fromiter((number[d.gateway] for d in self.devices), np.int32, count)
         self.is_gateway = np.fromiter((d.id in number for d in self.devices), np.bool_, count)
@@ -69,6 +68,11 @@ class Index:
         place = np.arange(len(self.series_device)) - np.repeat(np.cumsum(each) - each, each)
         self.series_lane = (place >= self.telemetry_series[self.series_device]).astype(np.int8)
         self._labels: dict[str, tuple[I32, dict[Any, int]]] = {}
+
+    @cached_property
+    def wire_index(self) -> dict[str, int]:
+        """Device number by what the wire calls it."""
+        return {device.wire_id: index for index, device in enumerate(self.devices)}
 
     @cached_property
     def series_of(self) -> I32:

@@ -85,6 +85,8 @@ class Conditions:
 
     def run(self, batch: Batch) -> Structured:
         """Move on over a batch; return rows of OUT."""
+        if not len(self.table.rule):
+            return NO_ROWS
         table, verdict = self.table, np.empty(len(batch.t) * self._fan, np.int8)
         kind: Any = table.kind
         compiled(kind.judge)(batch, table.links, table.judged, table.rule, table.numbers, self.memory, verdict)
@@ -172,6 +174,8 @@ class Silences:
 
     def run(self, batch: Batch) -> Structured:
         """Move on over a batch; return rows of OUT."""
+        if not len(self.table.rule):
+            return NO_ROWS
         out, rows = compiled(absence.silence)(
             batch, self.table.links, self.gateways, self.mutes, self.table.rule, self.table.settings,
             self.state, np.empty(64, OUT),
