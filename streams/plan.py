@@ -61,7 +61,7 @@ class Plan(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """One rule on the devices that have what it judges; `series[term]` by device of `device`."""
+    """One rule on the devices that have what it judges; `series[term]` by device of `device`, -1 where it lacks one."""
 
     rule: int
     device: I32
@@ -94,8 +94,9 @@ def _feed(r: int, rule: Compiled, mask: Mask, index: Index) -> Feed:
     """Return the devices among `mask` that have what the rule judges."""
     if rule.kind.JUDGES:
         series = [index.series_having(name) for name in rule.kind.metrics(rule.parameters)]
-        for each in series:
-            mask &= each >= 0
+        has = [each >= 0 for each in series]
+        enough = getattr(rule.kind, "enough", None)
+        mask &= enough(rule.parameters, has) if enough else np.all(has, axis=0)
         return Feed(r, _where(mask), tuple(each[mask] for each in series))
     if rule.table == "absence_platform":
         return Feed(r, _where(mask & index.is_gateway), ())
@@ -132,7 +133,7 @@ def _table(name: str, feeds: Sequence[Feed], rules: Sequence[Compiled], index: I
     kind = rules[feeds[0].rule].kind
     device = np.concatenate([feed.device for feed in feeds])
     rule = np.repeat(np.array([feed.rule for feed in feeds], np.int32), [len(feed.device) for feed in feeds])
-    lead = np.concatenate([feed.series[0] if feed.series else feed.device for feed in feeds])
+    lead = np.concatenate([_lead(feed) for feed in feeds])
     order = np.argsort(lead.astype(np.int64) * len(rules) + rule)
     device, rule = device[order], rule[order]
     place = np.empty(len(order), np.int32)  # where the instances of each feed went
@@ -150,6 +151,16 @@ def _table(name: str, feeds: Sequence[Feed], rules: Sequence[Compiled], index: I
         judged, numbers = np.zeros(0, absence.RULE), np.zeros(0)
         links = _gateway_links(device, index) if name == "absence_platform" else _telemetry_links(device, index)
     return Table(name, kind, rule, device, first, links, settings, judged, numbers, side)
+
+
+def _lead(feed: Feed) -> I32:
+    """Return by device what numbers its instance: the first series that the rule has of it."""
+    if not feed.series:
+        return feed.device
+    lead = feed.series[0]
+    for each in feed.series[1:]:
+        lead = np.where(lead >= 0, lead, each)
+    return lead
 
 
 def _has_side(it: Compiled) -> bool:
@@ -182,7 +193,7 @@ def _series_links(feeds: Sequence[Feed], place: I32, rules: Sequence[Compiled], 
     for feed in feeds:
         mine, rule = place[at : at + len(feed.device)], rules[feed.rule].rule
         at += len(feed.device)
-        parts += [(series, mine, MAIN, term) for term, series in enumerate(feed.series)]
+        parts += [(series[series >= 0], mine[series >= 0], MAIN, term) for term, series in enumerate(feed.series)]
         for guard, role in ((rule.unless, UNLESS), (rule.only_while, ONLY_WHILE)):
             if guard:
                 series = index.series_having(guard.metric)[feed.device]
