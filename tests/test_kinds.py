@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,17 +169,32 @@ def test_the_kernels_can_be_compiled_ahead() -> None:
 amounts = st.sampled_from([0.5, 1.0, 2.0])
 spans = st.sampled_from(["8ms", "30s", "4min", "1h"])
 waits = st.sampled_from(["0s", "20s", "5min"])
-limits = st.fixed_dictionaries(
-    {"metric": st.sampled_from(["pressure_mpa", "flow_lps", "cap_open"])},
-    optional={"deadband": amounts, "fresh": spans, "unknown": st.just("met")},
-).flatmap(lambda it: st.one_of(*(amounts.map(lambda at, name=name: it | {name: at}) for name in ("above", "below"))))
+
+
+def with_one_of(base: st.SearchStrategy[dict[str, Any]], *fields: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Return dictionaries of `base` with one amount more."""
+    return st.tuples(base, st.sampled_from(fields), amounts).map(lambda it: it[0] | {it[1]: it[2]})
+
+
+limits = with_one_of(
+    st.fixed_dictionaries(
+        {"metric": st.sampled_from(["pressure_mpa", "flow_lps", "cap_open"])},
+        optional={"deadband": amounts, "fresh": spans, "unknown": st.just("met")},
+    ),
+    "above",
+    "below",
+)
 coded = st.just({"metric": "fault_code", "codes": [1, 2], "clear": [0]})
 several = st.lists(st.one_of(limits, coded), min_size=2, max_size=4)
 WHENS = {
-    "rate": st.fixed_dictionaries(
-        {"metric": st.just("pressure_mpa"), "within": spans},
-        optional={"bridge": spans, "settle": waits, "recover": st.sampled_from([0.2, 1.0]), "on_delay": waits},
-    ).flatmap(lambda it: st.one_of(*(amounts.map(lambda at, name=name: it | {name: at}) for name in ("fall", "rise")))),
+    "rate": with_one_of(
+        st.fixed_dictionaries(
+            {"metric": st.just("pressure_mpa"), "within": spans},
+            optional={"bridge": spans, "settle": waits, "recover": st.sampled_from([0.2, 1.0]), "on_delay": waits},
+        ),
+        "fall",
+        "rise",
+    ),
     "stuck": st.fixed_dictionaries(
         {"metric": st.just("pressure_mpa"), "reports": st.integers(3, 5), "lasting": spans},
         optional={"tolerance": amounts, "off_delay": waits},
@@ -229,7 +245,7 @@ def test_a_kind_with_a_memory_does_what_plain_python_does(name: str, data: st.Da
         assert found + second.process(log.records[cut:]) == expected
 
 
-# --- what they mean -----------------------------------------------------------------------------------------------------
+# --- what they mean -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -239,14 +255,14 @@ def city(tmp_path: Path) -> Log:
     return Log(layout)
 
 
-def tell(log: Log, when: dict[str, Any], said: list[tuple[float, float]], metric: str = "pressure_mpa") -> list[str]:
-    """Return what a rule makes of (minute, value) of one metric, as `raise 3`; the reference must agree."""
+def tell(log: Log, when: dict[str, Any], said: Sequence[tuple[float, float]]) -> list[str]:
+    """Return what a rule makes of (minute, value) of the pressure, as `raise 3`; the reference must agree."""
     log.records.clear()
     log.registry(START, REGISTRIES[0])
     log.ruleset(START, make_rule("it", when))
     for minute, value in said:
         at = START + round(minute * 60_000)
-        log.frame(at, "a", Lane.TELEMETRY, [("a1", metric, at, value)])
+        log.frame(at, "a", Lane.TELEMETRY, [("a1", "pressure_mpa", at, value)])
     found = Engine(0, log.layout).process(log.records)
     assert found == Reference(0, log.layout).process(log.records)
     return [f"{t.edge.value} {(t.at_ms - START) / 60_000:g}" for t in found]
