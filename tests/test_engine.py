@@ -144,7 +144,7 @@ def pieces(records: list[Record], cuts: list[int]) -> Iterator[list[Record]]:
         yield records[low:high]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(logs(), st.lists(st.integers(0, 60), max_size=8), st.lists(st.integers(0, 60), max_size=4))
 def test_any_log_in_any_batches_with_any_restarts_gives_what_plain_python_gives(
     steps: list[tuple[str, Any]], cuts: list[int], crashes: list[int]
