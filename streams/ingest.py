@@ -20,6 +20,7 @@ from streams.complaints import Complaints
 from streams.decode import Decoder, salvage
 from streams.intake import Intake, Route
 from streams.log import Control
+from streams.logs import LogStore, SegmentStore
 from streams.registry import Index, decode_registry
 
 STATUS = "status"
@@ -41,7 +42,8 @@ class Ingest:
 
     Call `start` once; then any number of `message`, `tick`, `control`; then `commit`, which returns what to publish as
     (topic, payload). Nothing is acknowledged before `commit` has synced it, and nothing counts: where a disk is full,
-    that shard's part is taken back (`complete` is then False) and the gateways send it again.
+    that shard's part is taken back (`complete` is then False) and the gateways send it again. `logs` is where the
+    shards' logs are kept, by default the data folder.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Ingest:
         files: Files = OS_FILES,
         *,
         segment_bytes: int = SEGMENT_BYTES,
+        logs: LogStore | None = None,
     ) -> None:
         self.layout = layout
         self.shards = tuple(shards)
@@ -60,10 +63,9 @@ class Ingest:
         self.gateways: dict[str, GatewayStatus] = {}
         self._complaints = Complaints(counters)
         self._registries: dict[str, Decoder] = {}
+        self._logs = logs or SegmentStore(layout, files, segment_bytes)
         self._intakes = {
-            shard: Intake(
-                layout, shard, counters, self._decoder, self._complaints, files=files, segment_bytes=segment_bytes
-            )
+            shard: Intake(layout, shard, counters, self._decoder, self._complaints, self._logs, files)
             for shard in self.shards
         }
         self._routes: dict[str, tuple[Intake, Route]] = {}
@@ -164,6 +166,8 @@ class Ingest:
             self._decoder(control.content)
         elif control.content:
             self.layout.get_blob(control.content)
+        if control.content:
+            self._logs.share(control.content)
         for intake in self._intakes.values():
             intake.control(control, now_ms)
         self._routes.clear()

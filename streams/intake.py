@@ -17,12 +17,13 @@ from citybrain.counters import Counters
 from citybrain.errors import Damaged, DiskFull, NotFound, WireError
 from citybrain.layout import Active, Layout
 from citybrain.model import Lane, Reading
-from citybrain.segments import SEGMENT_BYTES, Reader, Record, Writer, segments
+from citybrain.segments import Record
 from citybrain.storage import OS_FILES, Files
 from streams.complaints import Complaints
 from streams.cursors import Cursor, Cursors, Lanes, Saved, Verdict, decode_saved, encode_saved
 from streams.decode import FUTURE, Decoded, Decoder, culprit, decode_readings
 from streams.log import Control, FrameHead, Kind, Tick, decode_control, frame_head, pack_frame
+from streams.logs import LogStore
 from streams.quarantine import Held, Quarantine
 
 KEPT_SNAPSHOTS = 4
@@ -55,12 +56,10 @@ class Intake:
         counters: Counters,
         load: Callable[[str], Decoder],
         complaints: Complaints,
-        *,
+        logs: LogStore,
         files: Files = OS_FILES,
-        segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
         self.shard = shard
-        self.folder = layout.log(shard)
         self.decoder: Decoder | None = None
         self.ruleset = ""
         self.cursors = Cursors()
@@ -69,8 +68,8 @@ class Intake:
         self._counters = counters
         self._load = load
         self._complaints = complaints
-        self._files = files
-        self._writer = Writer(self.folder, files, segment_bytes)
+        self._logs = logs
+        self._writer = logs.writer("log", shard)
         self._counts: Counter[str] = Counter()
         self._answers: dict[int, tuple[Route, int, Cursor]] = {}
         self._adopted: dict[str, int] = {}
@@ -109,23 +108,24 @@ class Intake:
 
     def _records(self, first: int) -> Iterator[Record]:
         """Yield all records from `first` on; a segment that cannot be read is said and passed over."""
-        reader = Reader(self.folder, first, self._files)
+        reader = self._logs.reader("log", self.shard, first)
         while True:
             try:
-                yield from reader
+                while records := reader.read():
+                    yield from records
             except Damaged as error:
                 self._counters.warn(str(error))
                 self._counters.add("errors_total", stage="recovery")
-                later = [other for other in segments(self._files, self.folder) if other > reader.offset]
+                later = [other for other in self._logs.starts("log", self.shard) if other > reader.offset]
                 if not later:
                     return
-                reader = Reader(self.folder, later[0], self._files)
+                reader = self._logs.reader("log", self.shard, later[0])
             else:
                 return
 
     def _last_snapshot(self) -> int:
         """Return the offset of the last snapshot of cursors that can be read, or of the first record."""
-        found = segments(self._files, self.folder)
+        found = self._logs.starts("log", self.shard)
         following = self._writer.next_offset
         for first in reversed(found):
             place = -1
@@ -145,7 +145,7 @@ class Intake:
         try:
             return decode_saved(self._layout.get_blob(control.content), control.content)
         except (NotFound, Damaged) as error:
-            self._counters.warn(f"{self.folder}: {error}; an older one is read instead")
+            self._counters.warn(f"{self._logs.where('log', self.shard)}: {error}; an older one is read instead")
             return None
 
     def _recover_control(self, control: Control, replayed: set[int]) -> None:
@@ -380,6 +380,7 @@ class Intake:
         saved = Saved(registry, self.ruleset, cursors, faulted, dict(sorted(self._adopted.items())), kept)
         try:
             name = self._layout.put_blob(encode_saved(saved))
+            self._logs.share(name)
             control = Control("cursors", self._last_ms, "ingest", name)
             self._writer.append(Kind.CONTROL, self._last_ms, msgspec.json.encode(control))
             self._writer.commit()
@@ -389,7 +390,7 @@ class Intake:
             self._counters.warn(f"cursors not saved, recovery would read more: {error}")
             return
         for old in set(self._snapshots) - {name, *kept}:
-            OS_FILES.remove(self._layout.blobs / old)
+            self._logs.forget(old)
         self._snapshots = [name, *kept]
         self._snapshot_segment = self._writer.segment
 

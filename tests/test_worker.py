@@ -20,6 +20,7 @@ from citybrain.layout import Layout, Run
 from citybrain.model import Lane, Transition
 from citybrain.segments import Reader, Writer
 from streams.engine import Engine
+from streams.logs import SegmentStore
 from streams.runtimes.embedded import usual_workers, workers_of
 from streams.runtimes.snapshots import KEPT, restored_engine, snapshot_paths, write_snapshot
 from streams.runtimes.worker import ShardWorker, last_written
@@ -155,7 +156,7 @@ def test_a_full_disk_delays_transitions_and_loses_none(layout: Layout) -> None:
     writer.start()
     append(writer, log, 0, len(log.records))
     counters = Counters("worker", layout.run)
-    shard = ShardWorker(0, layout, counters, 30.0, files)
+    shard = ShardWorker(0, layout, counters, 30.0, SegmentStore(layout, files))
     shard.start()
     files.capacity = files.used() + 500
     assert shard.step()  # the engine took them; what it found waits
@@ -191,7 +192,7 @@ def test_missing_offsets_are_told(layout: Layout) -> None:
 
 
 def test_what_was_written_last_is_found_across_segments(layout: Layout) -> None:
-    assert last_written(layout, 0) == (-1, -1)
+    assert last_written(SegmentStore(layout), 0) == (-1, -1)
     log = busy_log(layout, 60, seed=2)
     found = Engine(0, layout).process(log.records)
     writer = Writer(layout.transitions(0), segment_bytes=2_000)
@@ -200,7 +201,7 @@ def test_what_was_written_last_is_found_across_segments(layout: Layout) -> None:
         writer.append(5, item.received_at, msgspec.json.encode(item))
         writer.commit()
     writer.close()
-    assert last_written(layout, 0) == (found[6].source, found[6].index)
+    assert last_written(SegmentStore(layout), 0) == (found[6].source, found[6].index)
 
 
 # --- several on one machine -------------------------------------------------------------------------------------------

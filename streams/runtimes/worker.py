@@ -20,9 +20,9 @@ from citybrain.counters import Counters, process_name
 from citybrain.errors import DiskFull
 from citybrain.layout import Layout, Run
 from citybrain.model import Transition
-from citybrain.segments import Reader, Record, Writer, segments
-from citybrain.storage import OS_FILES, Files
-from streams.log import Kind
+from citybrain.segments import Record
+from streams.log import Kind, decode_transition
+from streams.logs import LogStore, SegmentStore
 from streams.runtimes.ingest import parse_shards
 from streams.runtimes.snapshots import Saver, restored_engine
 from streams.warm import warm_engine
@@ -37,34 +37,35 @@ TOTALS = {"received_total": "values", "used_total": "used", "readings_total": "r
 DROPPED = ("late", "inactive", "foreign", "malformed")
 
 
-def last_written(layout: Layout, shard: int, files: Files = OS_FILES) -> tuple[int, int]:
+def last_written(logs: LogStore, shard: int) -> tuple[int, int]:
     """Return (source, index) of the last transition in the transition log, (-1, -1) where there is none."""
-    folder = layout.transitions(shard)
-    for first in reversed(segments(files, folder)):
-        last = None
-        for last in Reader(folder, first, files):  # noqa: B007  the last one is wanted
-            pass
+    for first in reversed(logs.starts("transitions", shard)):
+        reader, last = logs.reader("transitions", shard, first), None
+        while records := reader.read():
+            last = next((one for one in reversed(records) if one.kind == Kind.TRANSITION), last)
         if last is not None:
-            transition = msgspec.json.decode(last.payload, type=Transition)
+            transition = decode_transition(last.payload)
             return transition.source, transition.index
     return -1, -1
 
 
 class ShardWorker:
-    """One shard: reads its log, runs its engine, writes its transitions and snapshots."""
+    """One shard: reads its log, runs its engine, writes its transitions and snapshots.
+
+    `logs` is where the logs are kept, by default the data folder.
+    """
 
     def __init__(
-        self, shard: int, layout: Layout, counters: Counters, snapshot_s: float, files: Files = OS_FILES
+        self, shard: int, layout: Layout, counters: Counters, snapshot_s: float, logs: LogStore | None = None
     ) -> None:
         self.shard = shard
-        self.layout = layout
-        self._files = files
+        self._logs = logs or SegmentStore(layout)
         self._period_s = snapshot_s
         self.counters = counters
         self.engine, self._warnings = restored_engine(shard, layout)
         self.received_at: int | None = None  # of the last record taken; None once nothing waits in the log
-        self._writer = Writer(layout.transitions(shard), files)
-        self._reader = Reader(layout.log(shard), self.engine.offset, files)
+        self._writer = self._logs.writer("transitions", shard)
+        self._reader = self._logs.reader("log", shard, self.engine.offset)
         self._written = (-1, -1)
         self._waiting: list[Transition] = []
         self._saver = Saver(layout.engine(shard))
@@ -74,7 +75,7 @@ class ShardWorker:
     def start(self) -> None:
         """Recover the transition log; what it holds is not written again."""
         self._writer.start()
-        self._written = last_written(self.layout, self.shard, self._files)
+        self._written = last_written(self._logs, self.shard)
         self._snapshot_s = monotonic_s()
         for text in (*self._warnings, *self._writer.warnings):
             self.counters.warn(text)
