@@ -7,6 +7,7 @@ hash must be where the log's readers are before the record is: `share`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -62,8 +63,18 @@ class LogReader(Protocol):
         """
 
 
+def ignore_waiting(_waited_s: float) -> None:
+    """Go on waiting."""
+
+
 class LogStore(Protocol):
-    """All logs of a run."""
+    """All logs of a run.
+
+    `waiting` is called about once a second, with the seconds so far, while a commit is not answered; what it raises
+    gives the commit up, and the writer is broken.
+    """
+
+    waiting: Callable[[float], None]
 
     def writer(self, name: Name, shard: int) -> LogWriter:
         """Return a log's writer; it must be started."""
@@ -91,6 +102,7 @@ class SegmentStore:
         self._layout = layout
         self._files = files
         self._segment_bytes = segment_bytes
+        self.waiting: Callable[[float], None] = ignore_waiting  # a disk answers
 
     def _path(self, name: Name, shard: int) -> Path:
         return self._layout.log(shard) if name == "log" else self._layout.transitions(shard)

@@ -14,14 +14,25 @@ from types import FrameType
 from citybrain.cli import Subcommand
 from citybrain.clock import monotonic_s, wait_s
 from citybrain.counters import Counters, process_name, read_heartbeats
-from citybrain.errors import CityBrainError, ConfigError, Damaged, NotFound, ProtocolError, Unavailable, UsageError
+from citybrain.errors import (
+    CityBrainError,
+    ConfigError,
+    Damaged,
+    NotFound,
+    ProtocolError,
+    StorageError,
+    Unavailable,
+    UsageError,
+)
 from citybrain.layout import Layout, Run
 from citybrain.mailbox import Command, Mailbox
 from citybrain.storage import OS_FILES
 from streams.decode import warm
-from streams.ingest import Ingest
+from streams.ingest import SEGMENT_BYTES, Ingest
 from streams.log import Control
+from streams.logs import LogStore
 from streams.runtimes.mqtt import Link
+from streams.runtimes.stores import add_arguments, open_place
 
 BURST_MESSAGES = 2000
 BURST_S = 0.010
@@ -55,13 +66,17 @@ def control_of(command: Command, now_ms: int) -> Control:
 class IngestProcess:
     """The loop around `Ingest`. `run` returns when `stop` has been called."""
 
-    def __init__(self, layout: Layout, run: Run, shards: Sequence[int], port: int) -> None:
+    def __init__(
+        self, layout: Layout, run: Run, shards: Sequence[int], port: int, logs: LogStore | None = None
+    ) -> None:
         self.layout = layout
         self.shards = tuple(shards)
         # Where several processes share the shards each has a heartbeat and a mailbox of its own.
         name = process_name("ingest", self.shards, run.shards)
         self.counters = Counters(name, layout.run)
-        self.ingest = Ingest(layout, self.shards, self.counters)
+        self.ingest = Ingest(layout, self.shards, self.counters, logs=logs)
+        if logs is not None:
+            logs.waiting = self._waiting
         self._clock = run.clock
         self._mailbox = Mailbox(layout.mailbox(name))
         self._topics = [f"cb/v1/{shard}/+/{channel}" for shard in self.shards for channel in CHANNELS]
@@ -112,9 +127,23 @@ class IngestProcess:
 
     def _commit(self) -> None:
         acks = self.ingest.commit()
+        self.counters.gauges.pop("log_waiting_s", None)
         for topic, payload in acks:
             self._link.publish(topic, payload)
         self.counters.values["sent_total"] += len(acks)
+
+    def _waiting(self, waited_s: float) -> None:
+        """Live on while the log does not answer; raises StorageError once we are told to stop.
+
+        Nothing is taken meanwhile, so for what comes next the link counts as new: nobody was silent.
+        """
+        self.counters.gauges["log_waiting_s"] = waited_s
+        self.counters.publish()
+        self._up_since = self._clock.now_ms()
+        if self._stopping:
+            raise StorageError(
+                f"stopped while the log did not answer for {waited_s:.0f} s: nothing of it is acknowledged"
+            )
 
     def _burst(self) -> None:
         """Take the messages that are there: they will share one sync."""
@@ -189,6 +218,7 @@ class IngestProcess:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", metavar="LIST", help="shards to take, such as 0,1 (default: all of the run)")
     parser.add_argument("--port", type=int, help="the broker's port (default: the run's)")
+    add_arguments(parser)
 
 
 def parse_shards(given: str | None, count: int) -> list[int]:
@@ -208,7 +238,9 @@ def _run(args: argparse.Namespace) -> int:
     layout = Layout(args.data)
     layout.make()
     run = layout.read_run()
-    process = IngestProcess(layout, run, parse_shards(args.shards, run.shards), args.port or run.mqtt_port)
+    shards = parse_shards(args.shards, run.shards)
+    place = open_place(args, layout, run.shards, SEGMENT_BYTES)
+    process = IngestProcess(place.layout, run, shards, args.port or run.mqtt_port, place.logs)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, process.stop)
     process.run()

@@ -1,0 +1,41 @@
+"""Which store a process keeps its logs in, by its command line: `--log segments` (the default) or `--log kafka`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+from citybrain.errors import UsageError
+from citybrain.layout import Layout
+from citybrain.segments import SEGMENT_BYTES
+from streams.logs import LogStore, SegmentStore
+
+
+class Place(NamedTuple):
+    """A data folder, and where its logs are."""
+
+    layout: Layout
+    logs: LogStore
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--log` and `--kafka`."""
+    parser.add_argument(
+        "--log", choices=("segments", "kafka"), default="segments", help="where the logs are kept (default: segments)"
+    )
+    parser.add_argument("--kafka", metavar="HOST:PORT", help="with --log kafka: its brokers, several with commas")
+
+
+def open_place(args: argparse.Namespace, layout: Layout, shards: int, segment_bytes: int = SEGMENT_BYTES) -> Place:
+    """Return the data folder and the store that the command line names; raises UsageError, Unavailable, ConfigError."""
+    if args.log == "segments":
+        return Place(layout, SegmentStore(layout, segment_bytes=segment_bytes))
+    if not args.kafka:
+        raise UsageError("--log kafka: say where it is, with --kafka HOST:PORT")
+    # Only here, so that the embedded runtime needs no Kafka client.
+    from streams.runtimes.kafka.blobs import SharedLayout  # noqa: PLC0415
+    from streams.runtimes.kafka.store import KafkaStore  # noqa: PLC0415
+
+    store = KafkaStore(args.kafka, layout, shards)
+    store.open()
+    return Place(SharedLayout(layout.root, store.blobs), store)

@@ -1,0 +1,324 @@
+"""One contract for a shard's log, kept as segments on disk and kept in Kafka; then what only Kafka can do to us."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from citybrain.errors import ConfigError, Damaged, NotFound, StorageError, Unavailable
+from citybrain.layout import Layout
+from citybrain.segments import MAX_RECORD, Record
+from streams.logs import LogReader, LogStore, LogWriter, SegmentStore, ignore_waiting
+from streams.runtimes.kafka.blobs import PART_BYTES, Blobs, SharedLayout
+from streams.runtimes.kafka.store import NOWHERE, VOID, KafkaStore, KafkaWriter, pack
+from streams.runtimes.worker import last_written
+from tests.conftest import eventually
+from tests.kafka_cluster import Cluster, cluster, kafka, prefix
+
+__all__ = ["kafka", "prefix"]  # fixtures
+SHARDS = 2
+
+
+class Kept(NamedTuple):
+    """A store, and how to take away what is before an offset of shard 0."""
+
+    store: LogStore
+    drop_before: Callable[[int], None]
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    made = Layout(tmp_path / "data")
+    made.make()
+    return made
+
+
+@pytest.fixture
+def topics(layout: Layout, kafka: str, prefix: str) -> KafkaStore:
+    store = KafkaStore(kafka, layout, SHARDS, prefix=prefix)
+    store.open()
+    return store
+
+
+@pytest.fixture(params=["segments", "kafka"])
+def kept(request: pytest.FixtureRequest, layout: Layout) -> Kept:
+    if request.param == "segments":
+        small = SegmentStore(layout, segment_bytes=200)
+
+        def drop_segments(offset: int) -> None:
+            writer = small.writer("log", 0)
+            writer.start()
+            writer.drop_before(offset)
+            writer.close()
+
+        return Kept(small, drop_segments)
+    store: KafkaStore = request.getfixturevalue("topics")
+
+    def drop_records(offset: int) -> None:
+        before = TopicPartition(store.topic("log"), 0, offset)
+        admin = AdminClient(store.settings)
+        for future in admin.delete_records([before]).values():
+            future.result(10)
+
+    return Kept(store, drop_records)
+
+
+def writer_of(store: LogStore, shard: int = 0) -> LogWriter:
+    writer = store.writer("log", shard)
+    writer.start()
+    return writer
+
+
+def fill(writer: LogWriter, payloads: list[bytes]) -> list[int]:
+    offsets = [writer.append(1, 1000 + number, payload) for number, payload in enumerate(payloads)]
+    assert writer.commit() == writer.next_offset == writer.committed
+    return offsets
+
+
+def all_of(reader: LogReader) -> list[Record]:
+    found: list[Record] = []
+    while records := reader.read():
+        found += records
+    return found
+
+
+def follow(reader: LogReader, found: list[Record]) -> int:
+    found += reader.read()
+    return len(found)
+
+
+def payloads(store: LogStore, offset: int = 0, shard: int = 0) -> list[bytes]:
+    return [record.payload for record in all_of(store.reader("log", shard, offset)) if record.kind != VOID]
+
+
+# --- the contract -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_committed_is_read_from_any_offset(kept: Kept) -> None:
+    writer = writer_of(kept.store)
+    assert fill(writer, [b"a" * 90, b"", b"c" * 90]) == [0, 1, 2]
+    assert fill(writer, [b"d"]) == [3]
+    assert all_of(kept.store.reader("log", 0, 2)) == [Record(2, 1002, 1, b"c" * 90), Record(3, 1000, 1, b"d")]
+    assert payloads(kept.store) == [b"a" * 90, b"", b"c" * 90, b"d"]
+    assert all_of(kept.store.reader("log", 0, 4)) == all_of(kept.store.reader("log", 1)) == []
+    writer.close()
+
+
+def test_what_is_not_committed_is_nowhere(kept: Kept) -> None:
+    writer = writer_of(kept.store)
+    fill(writer, [b"first"])
+    assert writer.append(1, 1, b"taken back") == 1
+    writer.discard()
+    assert fill(writer, [b"second"]) == [1]
+    writer.append(1, 1, b"never committed")
+    writer.close()
+    assert payloads(kept.store) == [b"first", b"second"]
+
+
+def test_a_reader_follows_a_writer(kept: Kept) -> None:
+    writer, reader = writer_of(kept.store), kept.store.reader("log", 0)
+    found: list[Record] = []
+    assert reader.read() == []
+    for number in range(20):
+        fill(writer, [b"%d" % number, b"x" * 50])
+        eventually(lambda: follow(reader, found) >= writer.committed)
+    assert [record.offset for record in found] == list(range(40))
+    assert reader.offset == 40
+    writer.close()
+
+
+def test_another_writer_goes_on_where_the_last_one_stopped(kept: Kept) -> None:
+    before = -1
+    for life in range(4):
+        writer = writer_of(kept.store)
+        (offset,) = fill(writer, [b"%d" % life])
+        assert offset > before
+        assert writer.segment <= offset
+        before = offset
+        writer.close()
+    records = all_of(kept.store.reader("log", 0))
+    assert [record.offset for record in records] == list(range(before + 1))  # dense: nothing looks as if it were lost
+    assert payloads(kept.store) == [b"0", b"1", b"2", b"3"]
+
+
+def test_a_record_that_is_too_large_is_refused_and_the_rest_goes_on(kept: Kept) -> None:
+    writer = writer_of(kept.store)
+    with pytest.raises(StorageError, match="at most"):
+        writer.append(1, 1, bytes(MAX_RECORD))
+    fill(writer, [bytes(MAX_RECORD - 24)])
+    assert [len(payload) for payload in payloads(kept.store)] == [MAX_RECORD - 24]
+    writer.close()
+
+
+def test_looking_backwards_finds_what_was_written_last(kept: Kept) -> None:
+    assert last_written(kept.store, 0) == (-1, -1)
+    writer = writer_of(kept.store)
+    fill(writer, [b"%d" % number for number in range(50)])
+    starts = kept.store.starts("log", 0)
+    assert starts == sorted(starts)
+    assert starts[0] == 0
+    found = [record for start in reversed(starts) for record in all_of(kept.store.reader("log", 0, start))]
+    assert max(record.offset for record in found) == 49
+    writer.close()
+
+
+def test_what_retention_took_is_skipped(kept: Kept) -> None:
+    writer = writer_of(kept.store)
+    for number in range(12):
+        fill(writer, [b"%d" % number * 40])
+    writer.close()
+    kept.drop_before(6)
+    records = all_of(kept.store.reader("log", 0))
+    assert 0 < records[0].offset <= 6
+    assert records[-1].offset == 11
+    assert kept.store.starts("log", 0)[0] == records[0].offset
+
+
+# --- Kafka ------------------------------------------------------------------------------------------------------------
+
+
+def test_of_two_writers_one_counts_and_the_other_learns_it(topics: KafkaStore) -> None:
+    old, new = writer_of(topics), writer_of(topics)
+    fill(new, [b"one", b"two"])
+    old.append(1, 1, b"one again")
+    with pytest.raises(StorageError, match="another process writes this shard"):
+        old.commit()
+    with pytest.raises(StorageError, match="must end"):
+        old.commit()
+    assert payloads(topics) == [b"one", b"two"]
+    new.append(1, 1, b"three")
+    with pytest.raises(StorageError, match="another process"):
+        new.commit()  # what the other one did moved the end: it recovers, too
+    again = writer_of(topics)
+    fill(again, [b"three"])
+    assert payloads(topics) == [b"one", b"two", b"three"]
+    for writer in (old, new, again):
+        writer.close()
+
+
+def test_what_is_no_record_of_ours_is_void(topics: KafkaStore) -> None:
+    writer = KafkaWriter(topics.settings, topics.topic("log"), 0, ignore_waiting)
+    for value in (b"short", pack(NOWHERE, 1, 1, b"nowhere"), pack(7, 1, 1, b"elsewhere"), pack(3, 5, 2, b"here")):
+        writer._send([value])
+    assert all_of(topics.reader("log", 0))[:3] == [Record(offset, 0, VOID, b"") for offset in range(3)]
+    assert payloads(topics) == [b"here"]
+    writer.close()
+
+
+def test_a_log_that_ends_before_what_was_read_is_damaged(topics: KafkaStore) -> None:
+    writer = writer_of(topics)
+    fill(writer, [b"one"])
+    writer.close()
+    with pytest.raises(Damaged, match="it ends at 1"):
+        topics.reader("log", 0, 5).read()
+
+
+def test_topics_are_made_once_and_must_have_the_runs_shards(topics: KafkaStore, layout: Layout) -> None:
+    topics.open()
+    other = KafkaStore(topics.settings["bootstrap.servers"], layout, SHARDS + 1, prefix=topics.prefix)
+    with pytest.raises(ConfigError, match="has 2 partitions, the run has 3 shards"):
+        other.open()
+
+
+def test_a_kafka_that_is_not_there_is_said(layout: Layout, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.runtimes.kafka.store.ANSWER_S", 0.5)
+    store = KafkaStore(f"127.0.0.1:{free_port}", layout, SHARDS)
+    with pytest.raises(Unavailable, match="is it running"):
+        store.open()
+    with pytest.raises(Unavailable, match="no answer"):
+        store.reader("log", 0).read()
+    with pytest.raises(Unavailable):
+        store.writer("log", 0).start()
+
+
+# --- content by hash --------------------------------------------------------------------------------------------------
+
+
+def test_content_is_fetched_where_it_is_not_and_proved(topics: KafkaStore, layout: Layout, tmp_path: Path) -> None:
+    content = random.Random(1).randbytes(PART_BYTES * 2 + 17)
+    name, empty = layout.put_blob(content), layout.put_blob(b"")
+    for one in (name, empty, name):
+        topics.share(one)
+    blobs = Blobs(topics.settings, topics.blobs.topic, Layout(tmp_path / "there"))
+    there = SharedLayout(tmp_path / "there", blobs)
+    there.make()
+    assert there.get_blob(name) == content
+    assert there.get_blob(empty) == b""
+    (there.blobs / name).unlink()
+    assert there.get_blob(name) == content
+    topics.forget(name)
+    assert not (layout.blobs / name).exists()
+    (there.blobs / name).unlink()
+    with pytest.raises(NotFound, match="no content"):
+        there.get_blob(name)
+    with pytest.raises(NotFound):
+        topics.share("0" * 64)
+
+
+# --- a broker that is killed ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("mortal")) as made:
+        yield made
+
+
+def test_a_broker_killed_or_stopped_loses_nothing_and_doubles_nothing(
+    mortal: Cluster, layout: Layout, prefix: str
+) -> None:
+    waited: list[float] = []
+    store = KafkaStore(mortal.address, layout, SHARDS, prefix=prefix)
+    store.waiting = waited.append
+    store.open()
+    (broker,) = mortal.brokers
+    writer, count = writer_of(store), 0
+    for kill in (True, False):
+        fill(writer, [b"%d" % (count + number) for number in range(100)])
+        broker.kill() if kill else broker.signal(signal.SIGSTOP)
+        batch = [b"%d" % (count + 100 + number) for number in range(2000)]
+        thread = threading.Thread(target=fill, args=(writer, batch))
+        thread.start()
+        waited.clear()
+        eventually(lambda: waited, what="the caller told that it waits")
+        broker.start() if kill else broker.signal(signal.SIGCONT)
+        thread.join(60)
+        assert not thread.is_alive()
+        count += 2100
+        assert writer.committed == count
+    assert payloads(store) == [b"%d" % number for number in range(count)]
+    writer.close()
+
+
+def test_a_commit_may_be_given_up_and_is_then_repeated_by_the_next_process(
+    mortal: Cluster, layout: Layout, prefix: str
+) -> None:
+    def give_up(_seconds: float) -> None:
+        raise Unavailable("told to stop")
+
+    store = KafkaStore(mortal.address, layout, SHARDS, prefix=prefix)
+    store.waiting = give_up
+    store.open()
+    (broker,) = mortal.brokers
+    writer = writer_of(store)
+    fill(writer, [b"acknowledged"])
+    broker.signal(signal.SIGSTOP)
+    writer.append(1, 1, b"in flight")
+    with pytest.raises(Unavailable):
+        writer.commit()
+    broker.signal(signal.SIGCONT)  # what it had received it stores now: the next writer begins behind it
+    following = writer_of(store)
+    fill(following, [b"in flight, again"])
+    found = payloads(store)
+    assert found[0] == b"acknowledged"
+    assert found[-1] == b"in flight, again"
+    assert found[1:-1] in ([], [b"in flight"])
+    following.close()
