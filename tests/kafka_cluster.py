@@ -164,6 +164,16 @@ class Cluster:
         wanted = len(self.brokers) if brokers is None else brokers
         eventually(lambda: serving(self.address) >= wanted, 60, f"{wanted} Kafka brokers serving")
 
+    def revive(self) -> None:
+        """Let every broker run that does not, and wait until all serve."""
+        for broker in self.brokers:
+            assert broker.process is not None
+            if broker.process.poll() is None:
+                broker.signal(signal.SIGCONT)
+            else:
+                broker.start()
+        self.wait()
+
     def end(self) -> None:
         for broker in self.brokers:
             broker.end()
@@ -190,16 +200,29 @@ def cluster(folder: Path, brokers: int = 1) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Kafka that all tests share; nobody may kill it. Topics are told apart by a prefix."""
-    given = os.environ.get(VARIABLE)
-    if given:
-        if not serving(given):
-            impossible(f"{VARIABLE}={given} does not answer")
-        yield given
-        return
+def one_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A broker for the whole session."""
     with cluster(tmp_path_factory.mktemp("kafka")) as made:
-        yield made.address
+        yield made
+
+
+@pytest.fixture
+def mortal(one_broker: Cluster) -> Iterator[Cluster]:
+    """A broker of our own, to be killed and stopped; it is well again for the next test."""
+    yield one_broker
+    one_broker.revive()
+
+
+@pytest.fixture
+def kafka(request: pytest.FixtureRequest) -> str:
+    """The address of a Kafka that nobody may kill."""
+    given = os.environ.get(VARIABLE)
+    if given is None:
+        made: Cluster = request.getfixturevalue("one_broker")
+        return made.address
+    if not serving(given):
+        impossible(f"{VARIABLE}={given} does not answer")
+    return given
 
 
 @pytest.fixture

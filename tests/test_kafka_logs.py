@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +21,9 @@ from streams.runtimes.kafka.blobs import PART_BYTES, Blobs, SharedLayout
 from streams.runtimes.kafka.store import NOWHERE, VOID, KafkaStore, KafkaWriter, pack
 from streams.runtimes.worker import last_written
 from tests.conftest import eventually
-from tests.kafka_cluster import Cluster, cluster, kafka, prefix
+from tests.kafka_cluster import Cluster, kafka, mortal, one_broker, prefix
 
-__all__ = ["kafka", "prefix"]  # fixtures
+__all__ = ["kafka", "mortal", "one_broker", "prefix"]  # fixtures
 SHARDS = 2
 
 
@@ -264,12 +264,6 @@ def test_content_is_fetched_where_it_is_not_and_proved(topics: KafkaStore, layou
 
 
 # --- a broker that is killed ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("mortal")) as made:
-        yield made
 
 
 def test_a_broker_killed_or_stopped_loses_nothing_and_doubles_nothing(

@@ -19,11 +19,12 @@ class Place(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--log` and `--kafka`."""
+    """Add `--log`, `--kafka` and `--topics`."""
     parser.add_argument(
         "--log", choices=("segments", "kafka"), default="segments", help="where the logs are kept (default: segments)"
     )
     parser.add_argument("--kafka", metavar="HOST:PORT", help="with --log kafka: its brokers, several with commas")
+    parser.add_argument("--topics", metavar="PREFIX", default="citybrain.", help="what its topics begin with")
 
 
 def open_place(args: argparse.Namespace, layout: Layout, shards: int, segment_bytes: int = SEGMENT_BYTES) -> Place:
@@ -36,6 +37,6 @@ def open_place(args: argparse.Namespace, layout: Layout, shards: int, segment_by
     from streams.runtimes.kafka.blobs import SharedLayout  # noqa: PLC0415
     from streams.runtimes.kafka.store import KafkaStore  # noqa: PLC0415
 
-    store = KafkaStore(args.kafka, layout, shards)
+    store = KafkaStore(args.kafka, layout, shards, prefix=args.topics)
     store.open()
     return Place(SharedLayout(layout.root, store.blobs), store)

@@ -336,7 +336,10 @@ class KafkaStore:
         return NewTopic(self.blobs.topic, 1, min(REPLICAS, brokers), config=config)
 
     def writer(self, name: Name, shard: int) -> LogWriter:
-        return KafkaWriter(self.settings, self.topic(name), shard, lambda waited_s: self.waiting(waited_s))
+        return KafkaWriter(self.settings, self.topic(name), shard, self._wait)
+
+    def _wait(self, waited_s: float) -> None:
+        self.waiting(waited_s)  # whoever it is by now
 
     def reader(self, name: Name, shard: int, offset: int = 0) -> LogReader:
         return KafkaReader(self.settings, self.topic(name), shard, offset)
