@@ -137,7 +137,7 @@ class Intake:
             if place >= 0:
                 return place
             following = first
-        return found[0]
+        return found[0] if found else self._writer.next_offset
 
     def _saved(self, control: Control) -> Saved | None:
         if control.what != "cursors":
