@@ -5,7 +5,8 @@ CityBrainError
 ├── WireError            bytes from outside are not a frame; `reason` is the counter's label
 ├── StorageError         a disk said no
 │   ├── DiskFull         no space left: the process stops taking, and says so
-│   └── Damaged          bytes on disk are not what was written: file, offset
+│   ├── Damaged          bytes on disk are not what was written: file, offset
+│   └── Overtaken        another process writes the same log: whoever learns it recovers from what is there
 ├── ProtocolError        a peer broke the contract of docs/wire.md
 ├── SignatureError       a webhook is unsigned, wrongly signed or too old; `reason` is the counter's label
 ├── TransitionError      a life cycle has no such step from here
@@ -61,6 +62,10 @@ class Damaged(StorageError):
         super().__init__(f"{path} at byte {offset}: {what}")
         self.path = path
         self.offset = offset
+
+
+class Overtaken(StorageError):
+    """Another process writes the same log; what we wrote last counts nowhere."""
 
 
 class ProtocolError(CityBrainError):

@@ -7,6 +7,7 @@ and leaves out what the transition log already holds. Nothing is written twice, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import msgspec
 from citybrain.cli import Subcommand
 from citybrain.clock import monotonic_s, wait_s
 from citybrain.counters import Counters, process_name
-from citybrain.errors import DiskFull
+from citybrain.errors import DiskFull, StorageError, UsageError
 from citybrain.layout import Layout, Run
 from citybrain.model import Transition
 from citybrain.segments import Record
@@ -25,6 +26,7 @@ from streams.log import Kind, decode_transition
 from streams.logs import LogStore, SegmentStore
 from streams.runtimes.ingest import parse_shards
 from streams.runtimes.snapshots import Saver, restored_engine
+from streams.runtimes.stores import Place, add_arguments, open_place
 from streams.warm import warm_engine
 
 READ_BYTES = 8 * 1024 * 1024
@@ -70,6 +72,7 @@ class ShardWorker:
         self._waiting: list[Transition] = []
         self._saver = Saver(layout.engine(shard))
         self._snapshot_offset = self.engine.offset
+        self.safe = self.engine.offset  # a snapshot on disk holds what is before this offset
         self._snapshot_s = 0.0
 
     def start(self) -> None:
@@ -87,9 +90,18 @@ class ShardWorker:
             return False
         records = self._reader.read(READ_BYTES)
         if not records:
-            self.received_at = None
-            self._snapshot_if_due()
+            self.idle()
             return False
+        self.take(records)
+        return True
+
+    def idle(self) -> None:
+        """Nothing waits in the log: write a snapshot if one is due."""
+        self.received_at = None
+        self._snapshot_if_due()
+
+    def take(self, records: Sequence[Record]) -> None:
+        """Run the engine over the next records of the log and make their transitions durable."""
         self._check_gap(records)
         found = self.engine.process(records)
         self._waiting = [item for item in found if (item.source, item.index) > self._written]
@@ -97,7 +109,6 @@ class ShardWorker:
         self._tell()
         if self._write():
             self._snapshot_if_due()
-        return True
 
     def stop(self) -> None:
         """Write a last snapshot, unless transitions still wait for room on the disk."""
@@ -105,6 +116,12 @@ class ShardWorker:
             self._finish_snapshot()
             self._snapshot()
         self._finish_snapshot()
+        self._writer.close()
+
+    def abandon(self) -> None:
+        """Let go without a snapshot: what the engine remembers is not what the transition log says."""
+        with contextlib.suppress(StorageError):
+            self._saver.finish()
         self._writer.close()
 
     def _write(self) -> bool:
@@ -157,14 +174,23 @@ class ShardWorker:
             self._saver.finish()
         except DiskFull as error:
             self.counters.warn(str(error))  # the last one still stands; recovery only takes longer
+        else:
+            self.safe = self._snapshot_offset
 
 
 class WorkerProcess:
     """The loop over all shards of this process. `run` returns when `stop` has been called."""
 
-    def __init__(self, layout: Layout, run: Run, shards: Sequence[int], snapshot_s: float = SNAPSHOT_S) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        run: Run,
+        shards: Sequence[int],
+        snapshot_s: float = SNAPSHOT_S,
+        logs: LogStore | None = None,
+    ) -> None:
         self.counters = Counters(process_name("worker", shards, run.shards), layout.run)
-        self.shards = [ShardWorker(shard, layout, self.counters, snapshot_s) for shard in shards]
+        self.shards = [ShardWorker(shard, layout, self.counters, snapshot_s, logs) for shard in shards]
         self._clock = run.clock
         self._stopping = False
 
@@ -188,41 +214,62 @@ class WorkerProcess:
         self._publish(force=True)
 
     def _publish(self, *, force: bool = False) -> None:
-        """Publish what the engines counted: totals since the log began, so that a restart counts nothing twice."""
-        total: Counter[str] = Counter()
-        for shard in self.shards:
-            total.update(shard.engine.counts)
-        for name, counted in TOTALS.items():
-            self.counters.values[name] = total[counted]
-        for reason in DROPPED:
-            self.counters.values[f"dropped_total{{reason={reason}}}"] = total[reason]
-        now_ms = self._clock.now_ms()
-        lags = [now_ms - shard.received_at for shard in self.shards if shard.received_at is not None]
-        self.counters.gauges["lag_s"] = max(max(lags, default=0) / 1000, 0.0)
-        self.counters.details["shards"] = {
-            str(shard.shard): {
-                "offset": shard.engine.offset,
-                "registry": shard.engine.registry,
-                "ruleset": shard.engine.ruleset,
-            }
-            for shard in self.shards
+        publish(self.counters, self.shards, self._clock.now_ms(), force=force)
+
+
+def publish(counters: Counters, shards: Sequence[ShardWorker], now_ms: int, *, force: bool = False) -> None:
+    """Publish what the engines counted: totals since the log began, so that a restart counts nothing twice."""
+    total: Counter[str] = Counter()
+    for shard in shards:
+        total.update(shard.engine.counts)
+    for name, counted in TOTALS.items():
+        counters.values[name] = total[counted]
+    for reason in DROPPED:
+        counters.values[f"dropped_total{{reason={reason}}}"] = total[reason]
+    lags = [now_ms - shard.received_at for shard in shards if shard.received_at is not None]
+    counters.gauges["lag_s"] = max(max(lags, default=0) / 1000, 0.0)
+    counters.details["shards"] = {
+        str(shard.shard): {
+            "offset": shard.engine.offset,
+            "registry": shard.engine.registry,
+            "ruleset": shard.engine.ruleset,
         }
-        self.counters.publish(force=force)
+        for shard in shards
+    }
+    counters.publish(force=force)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", metavar="LIST", help="shards to take, such as 0,1 (default: all of the run)")
     parser.add_argument("--snapshot-s", type=float, default=SNAPSHOT_S, help="seconds between snapshots (default: 30)")
+    add_arguments(parser)
+    parser.add_argument(
+        "--runtime", choices=("embedded", "faust"), default="embedded", help="who deals out the shards (default: we do)"
+    )
+    parser.add_argument("--name", default="worker", help="with --runtime faust: what this process is called")
 
 
 def _run(args: argparse.Namespace) -> int:
     layout = Layout(args.data)
     layout.make()
     run = layout.read_run()
-    process = WorkerProcess(layout, run, parse_shards(args.shards, run.shards), args.snapshot_s)
+    place = open_place(args, layout, run.shards)
+    if args.runtime == "faust":
+        return _run_faust(args, place, run)
+    process = WorkerProcess(place.layout, run, parse_shards(args.shards, run.shards), args.snapshot_s, place.logs)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, process.stop)
     process.run()
+    return 0
+
+
+def _run_faust(args: argparse.Namespace, place: Place, run: Run) -> int:
+    """Let Faust deal out the shards; raises UsageError."""
+    if args.log != "kafka" or args.shards is not None:
+        raise UsageError("--runtime faust: it needs --log kafka, and deals out the shards itself (no --shards)")
+    from streams.runtimes.kafka.faust_worker import FaustWorker  # noqa: PLC0415  only who asks for it needs Faust
+
+    FaustWorker(args.kafka, place, run, args.snapshot_s, args.name).run()
     return 0
 
 

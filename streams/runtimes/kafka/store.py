@@ -30,7 +30,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from citybrain.clock import monotonic_s, wait_s
-from citybrain.errors import ConfigError, Damaged, StorageError, Unavailable
+from citybrain.errors import ConfigError, Damaged, Overtaken, StorageError, Unavailable
 from citybrain.layout import Layout
 from citybrain.segments import HEADER, MAX_RECORD, Record
 from streams.logs import LogReader, LogWriter, Name, ignore_waiting
@@ -117,7 +117,8 @@ class KafkaWriter:
     def commit(self) -> int:
         """Send what was appended and wait until all replicas in sync have it; return the offset behind it.
 
-        Raises StorageError where Kafka refuses it for good, or another writer was there: the process must end.
+        Raises Overtaken where another writer was there, StorageError where Kafka refuses it for good: the process must
+        end, or whatever rests on this writer be recovered.
         """
         if self._broken:
             raise StorageError(f"{self._where}: not started, or a commit failed; the process must end and recover")
@@ -127,7 +128,7 @@ class KafkaWriter:
         self._broken = True
         self._send(batch)
         if self._landed != list(range(self.committed, self.next_offset)):
-            raise StorageError(
+            raise Overtaken(
                 f"{self._where}: written at {self._landed[0]}, expected {self.committed}: another process writes this "
                 "shard; of two that do one must end"
             )
@@ -179,20 +180,19 @@ class KafkaReader:
         self.offset = offset
         self._settings = settings
         self._topic, self._shard = topic, shard
-        self._consumer = Consumer(settings | CONSUMER)
-        self._assigned = self._at_end = False
+        self._consumer: Consumer | None = None  # made with the first read
+        self._at_end = False
 
     def read(self, most_bytes: int = 8 * 1024 * 1024) -> list[Record]:
         """Return the next records, [] at the end; raises Unavailable where Kafka does not answer.
 
         Offsets below the topic's retention are skipped; raises Damaged where the topic ends before our offset.
         """
-        if not self._assigned:
-            self._assign()
+        consumer = self._consumer or self._assign()
         taken: list[Record] = []
         size, until_s = 0, monotonic_s() + ANSWER_S
         while size < most_bytes and not (taken and self._at_end):
-            messages = self._consumer.consume(BURST, 0.0 if self._at_end or taken else 0.1)
+            messages = consumer.consume(BURST, 0.0 if self._at_end or taken else 0.1)
             if not messages:
                 if taken or self._at_end:
                     break
@@ -220,9 +220,11 @@ class KafkaReader:
             raise Unavailable(f"Kafka {self._topic} partition {self._shard}: {error}")
         return None
 
-    def _assign(self) -> None:
+    def _assign(self) -> Consumer:
+        self._consumer = self._consumer or Consumer(self._settings | CONSUMER)
         self._consumer.assign([TopicPartition(self._topic, self._shard, self.offset)])
-        self._assigned, self._at_end = True, False
+        self._at_end = False
+        return self._consumer
 
     def _out_of_range(self) -> None:
         low, high = watermarks(self._settings, self._topic, self._shard)
@@ -233,7 +235,8 @@ class KafkaReader:
         self._assign()
 
     def close(self) -> None:
-        self._consumer.close()
+        if self._consumer is not None:
+            self._consumer.close()
 
 
 BURST = 1000

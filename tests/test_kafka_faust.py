@@ -1,0 +1,153 @@
+"""`citybrain worker --runtime faust`: rebalanced and killed, it writes what an undisturbed engine writes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from citybrain.clock import system_clock
+from citybrain.counters import Heartbeat
+from citybrain.layout import Layout, Run
+from citybrain.model import Transition
+from streams.engine import Engine
+from streams.log import Kind, decode_transition
+from streams.logs import LogWriter
+from streams.runtimes.kafka.store import KafkaStore
+from streams.runtimes.snapshots import snapshot_paths
+from tests.conftest import end, eventually
+from tests.kafka_cluster import Cluster, kafka, mortal, one_broker, prefix
+from tests.test_worker import busy_log
+
+__all__ = ["kafka", "mortal", "one_broker", "prefix"]  # fixtures
+SHARDS = 2
+
+
+class Site:
+    """Logs in Kafka, written piece by piece, and workers on them."""
+
+    def __init__(self, folder: Path, address: str, prefix: str, frames: int) -> None:
+        self.folder, self.address, self.prefix = folder, address, prefix
+        self.layout = Layout(folder / "data")
+        self.layout.make()
+        self.layout.write_run(Run(clock=system_clock(), shards=SHARDS))
+        self.store = KafkaStore(address, self.layout, SHARDS, prefix=prefix)
+        self.store.open()
+        self.logs = [busy_log(self.layout, frames, seed=shard) for shard in range(SHARDS)]
+        self.expected = [Engine(shard, self.layout).process(log.records) for shard, log in enumerate(self.logs)]
+        self.writers = [self._writer(shard) for shard in range(SHARDS)]
+        self.readers = [self.store.reader("transitions", shard) for shard in range(SHARDS)]
+        self.found: list[list[Transition]] = [[] for _ in range(SHARDS)]
+        self.sent = [0] * SHARDS
+
+    def _writer(self, shard: int) -> LogWriter:
+        writer = self.store.writer("log", shard)
+        writer.start()
+        return writer
+
+    def send(self, count: int) -> None:
+        """Append the next records of every shard's log."""
+        for shard, (log, writer) in enumerate(zip(self.logs, self.writers, strict=True)):
+            for record in log.records[self.sent[shard] : self.sent[shard] + count]:
+                writer.append(record.kind, record.received_at, record.payload)
+            self.sent[shard] = writer.commit()
+
+    @property
+    def left(self) -> int:
+        return max(len(log.records) for log in self.logs) - min(self.sent)
+
+    def due(self, shard: int) -> int:
+        return sum(item.source < self.sent[shard] for item in self.expected[shard])
+
+    def written(self) -> bool:
+        """Read on; return whether every transition that is due has been written."""
+        for shard, reader in enumerate(self.readers):
+            records = reader.read()
+            self.found[shard] += [decode_transition(one.payload) for one in records if one.kind == Kind.TRANSITION]
+        return all(len(self.found[shard]) >= self.due(shard) for shard in range(SHARDS))
+
+    @contextmanager
+    def worker(self, name: str) -> Iterator[subprocess.Popen[bytes]]:
+        argv = [sys.executable, "-m", "citybrain", "worker", "--data", str(self.layout.root), "--snapshot-s", "0.2"]
+        argv += ["--log", "kafka", "--kafka", self.address, "--topics", self.prefix, "--runtime", "faust"]
+        with (
+            (self.folder / f"{name}.log").open("ab") as log,
+            subprocess.Popen([*argv, "--name", name], stdout=log, stderr=log) as process,
+        ):
+            try:
+                yield process
+            finally:
+                end(process)
+
+    def beat(self, name: str) -> Heartbeat | None:
+        path = self.layout.run / f"{name}.heartbeat.json"
+        return msgspec.json.decode(path.read_bytes(), type=Heartbeat) if path.exists() else None
+
+    def has(self, name: str) -> int:
+        """Return how many shards a worker has by its last word."""
+        beat = self.beat(name)
+        return -1 if beat is None else len(beat.details.get("assigned", []))
+
+
+@pytest.fixture
+def site(tmp_path: Path, mortal: Cluster, prefix: str) -> Site:
+    return Site(tmp_path, mortal.address, prefix, frames=1200)
+
+
+def test_through_rebalances_and_kills_every_transition_is_written_once(site: Site, mortal: Cluster) -> None:
+    dice = random.Random(3)
+    with ExitStack() as stack:
+        first = stack.enter_context(site.worker("first"))
+        site.send(150)
+        eventually(site.written, 60, "what one worker finds")
+        second = stack.enter_context(site.worker("second"))
+        site.send(20)
+        eventually(lambda: site.has("second") == 1, 60, "a shard for the second worker")
+        site.send(100)
+        eventually(site.written, 60, "what two workers find")
+        site.send(100)
+        os.kill(first.pid, signal.SIGKILL)  # its shard goes to the second one, behind the session's end
+        first.wait(10)
+        site.send(dice.randrange(50, 100))
+        eventually(site.written, 60, "what the second worker finds alone")
+        third = stack.enter_context(site.worker("third"))
+        eventually(lambda: site.has("third") == 1, 60, "a shard for the third worker")
+        site.send(20)
+        second.send_signal(signal.SIGSTOP)  # it does not know that it loses its shard
+        site.send(50)
+        eventually(lambda: site.has("third") == 2, 60, "both shards for the third worker")
+        eventually(site.written, 60, "what the third worker finds alone")
+        second.send_signal(signal.SIGCONT)
+        site.send(50)
+        eventually(lambda: site.has("third") == 1, 60, "the second worker back")
+        site.send(50)
+        eventually(site.written, 60, "what both find")
+        third.send_signal(signal.SIGTERM)
+        assert third.wait(30) == 0
+        os.kill(second.pid, signal.SIGKILL)
+    with site.worker("fourth") as fourth:
+        site.send(site.left)
+        eventually(site.written, 60, "the rest")
+        fourth.send_signal(signal.SIGTERM)
+        assert fourth.wait(30) == 0
+    assert site.found == site.expected
+    assert all(len(snapshot_paths(site.layout.engine(shard))) for shard in range(SHARDS))
+
+
+def test_a_broker_that_dies_delays_transitions_and_loses_none(site: Site, mortal: Cluster) -> None:
+    with site.worker("first"):
+        site.send(100)
+        eventually(site.written, 60, "what is found before")
+        mortal.brokers[0].kill()
+        mortal.revive()
+        site.send(site.left)
+        eventually(site.written, 90, "what is found after")
+    assert site.found == site.expected
