@@ -103,6 +103,7 @@ class Broker:
             transaction.state.log.min.isr=1
             default.replication.factor={replicas}
             group.initial.rebalance.delay.ms=0
+            group.min.session.timeout.ms=1000
             auto.create.topics.enable=false
             broker.session.timeout.ms=6000
             num.network.threads=2

@@ -244,9 +244,15 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--snapshot-s", type=float, default=SNAPSHOT_S, help="seconds between snapshots (default: 30)")
     add_arguments(parser)
     parser.add_argument(
-        "--runtime", choices=("embedded", "faust"), default="embedded", help="who deals out the shards (default: we do)"
+        "--runtime",
+        choices=("embedded", "kafka", "faust"),
+        default="embedded",
+        help="who deals out the shards: --shards (default), Kafka's group protocol, or Faust",
     )
-    parser.add_argument("--name", default="worker", help="with --runtime faust: what this process is called")
+    parser.add_argument("--name", default="worker", help="with another runtime: what this process is called")
+    parser.add_argument(
+        "--session-s", type=float, default=10.0, help="... and after how long a silent one loses its shards"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -254,8 +260,8 @@ def _run(args: argparse.Namespace) -> int:
     layout.make()
     run = layout.read_run()
     place = open_place(args, layout, run.shards)
-    if args.runtime == "faust":
-        return _run_faust(args, place, run)
+    if args.runtime != "embedded":
+        return _run_dealt(args, place, run)
     process = WorkerProcess(place.layout, run, parse_shards(args.shards, run.shards), args.snapshot_s, place.logs)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, process.stop)
@@ -263,13 +269,18 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_faust(args: argparse.Namespace, place: Place, run: Run) -> int:
-    """Let Faust deal out the shards; raises UsageError."""
+def _run_dealt(args: argparse.Namespace, place: Place, run: Run) -> int:
+    """Take the shards that Kafka or Faust deals out; raises UsageError."""
     if args.log != "kafka" or args.shards is not None:
-        raise UsageError("--runtime faust: it needs --log kafka, and deals out the shards itself (no --shards)")
-    from streams.runtimes.kafka.faust_worker import FaustWorker  # noqa: PLC0415  only who asks for it needs Faust
+        raise UsageError(f"--runtime {args.runtime}: it needs --log kafka, and the shards are dealt out (no --shards)")
+    if args.runtime == "faust":
+        from streams.runtimes.kafka.faust_worker import FaustWorker  # noqa: PLC0415  only who asks for it needs Faust
 
-    FaustWorker(args.kafka, place, run, args.snapshot_s, args.name).run()
+        FaustWorker(args.kafka, place, run, args.snapshot_s, args.name, args.session_s).run()
+    else:
+        from streams.runtimes.kafka.group_worker import GroupWorker  # noqa: PLC0415
+
+        GroupWorker(place, run, args.snapshot_s, args.name, args.session_s).run()
     return 0
 
 

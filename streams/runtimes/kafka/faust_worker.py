@@ -45,8 +45,6 @@ SETTINGS: dict[str, Any] = {
     "broker_commit_livelock_soft_timeout": 3600.0,  # between two snapshots nothing is committed: that is no livelock
     "consumer_max_fetch_size": 8 * 1024 * 1024,
     "consumer_auto_offset_reset": "earliest",
-    "broker_session_timeout": 10.0,
-    "broker_heartbeat_interval": 2.0,
     "broker_request_timeout": 20.0,
     "consumer_connections_max_idle_ms": 540_000,
 }
@@ -141,7 +139,7 @@ class Shards:
 class FaustWorker:
     """The application. `run` returns when the process was told to stop."""
 
-    def __init__(self, address: str, place: Place, run: Run, snapshot_s: float, name: str) -> None:
+    def __init__(self, address: str, place: Place, run: Run, snapshot_s: float, name: str, session_s: float) -> None:
         assert isinstance(place.logs, KafkaStore)
         self.counters = Counters(name, place.layout.run)
         self.shards = Shards(place, self.counters, snapshot_s)
@@ -149,8 +147,9 @@ class FaustWorker:
         self._topic_name = place.logs.topic("log")
         self._lock = asyncio.Lock()
         brokers = ";".join(f"kafka://{one}" for one in address.split(","))
+        session: dict[str, Any] = {"broker_session_timeout": session_s, "broker_heartbeat_interval": session_s / 5}
         folder = place.layout.run / f"faust-{name}"
-        self.app = faust.App(place.logs.prefix + GROUP, broker=brokers, datadir=str(folder), **SETTINGS)
+        self.app = faust.App(place.logs.prefix + GROUP, broker=brokers, datadir=str(folder), **SETTINGS, **session)
         self._topic = self.app.topic(self._topic_name, value_type=bytes, value_serializer="raw", key_serializer="raw")
         self.app.agent(self._topic, name="detect")(self._detect)
         self.app.timer(1.0)(self._every_second)

@@ -1,4 +1,4 @@
-"""`citybrain worker --runtime faust`: rebalanced and killed, it writes what an undisturbed engine writes."""
+"""Workers that are dealt shards by Kafka or Faust: rebalanced, killed, they write what an undisturbed engine writes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ SHARDS = 2
 class Site:
     """Logs in Kafka, written piece by piece, and workers on them."""
 
-    def __init__(self, folder: Path, address: str, prefix: str, frames: int) -> None:
+    def __init__(self, folder: Path, address: str, prefix: str, runtime: str, frames: int) -> None:
+        self.runtime = runtime
         self.folder, self.address, self.prefix = folder, address, prefix
         self.layout = Layout(folder / "data")
         self.layout.make()
@@ -77,10 +78,10 @@ class Site:
     @contextmanager
     def worker(self, name: str) -> Iterator[subprocess.Popen[bytes]]:
         argv = [sys.executable, "-m", "citybrain", "worker", "--data", str(self.layout.root), "--snapshot-s", "0.2"]
-        argv += ["--log", "kafka", "--kafka", self.address, "--topics", self.prefix, "--runtime", "faust"]
+        argv += ["--log", "kafka", "--kafka", self.address, "--topics", self.prefix, "--runtime", self.runtime]
         with (
             (self.folder / f"{name}.log").open("ab") as log,
-            subprocess.Popen([*argv, "--name", name], stdout=log, stderr=log) as process,
+            subprocess.Popen([*argv, "--name", name, "--session-s", "3"], stdout=log, stderr=log) as process,
         ):
             try:
                 yield process
@@ -97,9 +98,9 @@ class Site:
         return -1 if beat is None else len(beat.details.get("assigned", []))
 
 
-@pytest.fixture
-def site(tmp_path: Path, mortal: Cluster, prefix: str) -> Site:
-    return Site(tmp_path, mortal.address, prefix, frames=1200)
+@pytest.fixture(params=["kafka", "faust"])
+def site(request: pytest.FixtureRequest, tmp_path: Path, mortal: Cluster, prefix: str) -> Site:
+    return Site(tmp_path, mortal.address, prefix, request.param, frames=1200)
 
 
 def test_through_rebalances_and_kills_every_transition_is_written_once(site: Site, mortal: Cluster) -> None:
@@ -142,6 +143,7 @@ def test_through_rebalances_and_kills_every_transition_is_written_once(site: Sit
     assert all(len(snapshot_paths(site.layout.engine(shard))) for shard in range(SHARDS))
 
 
+@pytest.mark.soak
 def test_a_broker_that_dies_delays_transitions_and_loses_none(site: Site, mortal: Cluster) -> None:
     with site.worker("first"):
         site.send(100)
