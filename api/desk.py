@@ -32,9 +32,10 @@ from citybrain.errors import ConfigError, StorageError, TransitionError
 from citybrain.layout import Layout
 from citybrain.mailbox import Command, Mailbox
 from citybrain.model import Registry, Transition
-from citybrain.segments import Reader, Record
+from citybrain.segments import Record
 from rules.categories import Category
 from streams.log import Kind, decode_transition
+from streams.logs import LogReader, LogStore, SegmentStore, records
 from streams.registry import decode_registry
 
 EDITIONS = ("GB/T 47678.5-2026", "GB/T 30428.2", "CJ/T 214")
@@ -71,7 +72,8 @@ class Desk:
     """Takes committed transitions, commands, timers and delivery results; decides; writes in one transaction.
 
     Rule sets come from `layout.blobs` by the hash each transition names; the registry by the hash in
-    `layout.read_active()`, which ingest writes. Until there is one, a step takes nothing.
+    `layout.read_active()`, which ingest writes. Until there is one, a step takes nothing. `logs` is where transitions
+    are read, by default the data folder.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Desk:
         categories: Mapping[str, Category],
         config: DeskConfig = DEFAULTS,
         counters: Counters | None = None,
+        logs: LogStore | None = None,
     ) -> None:
         self.store = store
         self.layout = layout
@@ -89,11 +92,12 @@ class Desk:
         self.categories = categories
         self.config = config
         self.counters = counters or Counters("desk")
+        self.logs = logs or SegmentStore(layout)
         self._mailbox = Mailbox(layout.mailbox("desk"))
         self._rulebook = Rulebook(layout)
         self._cases = CaseConfig(config.editions, Calendar(0, ()))
         self._atlas = Atlas(Registry((), ()))
-        self._readers: dict[int, Reader] = {}
+        self._readers: dict[int, LogReader] = {}
         self._waiting: dict[int, deque[Record]] = {}
         self._results: deque[Attempt] = deque()
         self._names: dict[int, tuple[int, int]] = {}  # per shard (source, index) of the last transition
@@ -115,7 +119,7 @@ class Desk:
         self._names = {shard: (row["source"], row["index"]) for shard, row in rows.items()}
         for shard in self.shards:
             offset = rows[shard]["offset"] if shard in rows else 0
-            self._readers[shard] = Reader(self.layout.transitions(shard), offset)
+            self._readers[shard] = self.logs.reader("transitions", shard, offset)
             self._waiting[shard] = deque()
         self._atlas = self._read_atlas(registry) if registry else Atlas(Registry((), ()))
 
@@ -229,13 +233,16 @@ class Desk:
         assert record is not None
         assert shard is not None
         name = self._names.get(shard, (-1, -1))
+        if record.kind == Kind.VOID:
+            ledger.consume(shard, record.offset + 1, name)
+            return
         try:
             if record.kind != Kind.TRANSITION:
                 raise msgspec.DecodeError(f"record of kind {record.kind}")  # noqa: TRY301  one place says it
             transition = decode_transition(record.payload)
         except msgspec.DecodeError as error:
             ledger.drops["malformed_transition"] += 1
-            ledger.warnings.append(f"{self.layout.transitions(shard)} offset {record.offset}: {error}")
+            ledger.warnings.append(f"{self.logs.where('transitions', shard)} offset {record.offset}: {error}")
         else:
             if (transition.source, transition.index) > name:
                 name = self._names[shard] = (transition.source, transition.index)
@@ -333,10 +340,10 @@ def _transition(shard: int, record: Record) -> Input:
 def replay(source: Engine, desk: Desk) -> int:
     """Do with `desk`, started on an empty database, what `source`'s journal says; return how many inputs that were.
 
-    The transitions themselves come from the logs of `desk.layout`. Afterwards both databases hold the same rows.
+    The transitions themselves come from `desk.logs`. Afterwards both databases hold the same rows.
     Raises StorageError where a transition is no longer there.
     """
-    readers = {shard: iter(Reader(desk.layout.transitions(shard))) for shard in desk.shards}
+    readers = {shard: records(desk.logs.reader("transitions", shard)) for shard in desk.shards}
     taken = 0
     with source.connect() as reading, desk.store.begin() as connection:
         ledger = Ledger(connection)
@@ -345,7 +352,7 @@ def replay(source: Engine, desk: Desk) -> int:
             if row.source == "transition":
                 record = next((r for r in readers[row.shard] if r.offset == row.offset), None)
                 if record is None:
-                    raise StorageError(f"{desk.layout.transitions(row.shard)}: offset {row.offset} is not there")
+                    raise StorageError(f"{desk.logs.where('transitions', row.shard)}: offset {row.offset} is not there")
             desk.apply(ledger, Input(row.source, row.body, row.shard, row.offset, record), row.at)
             taken += 1
     desk.resume()

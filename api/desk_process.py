@@ -13,9 +13,10 @@ from citybrain.cli import Subcommand
 from citybrain.clock import real_unix_ms, wait_s
 from citybrain.counters import PERIOD_S, Counters
 from citybrain.db.store import open_store
-from citybrain.errors import DiskFull
+from citybrain.errors import DiskFull, Unavailable
 from citybrain.layout import Layout, Run
 from rules.categories import load_categories
+from streams.runtimes.stores import add_arguments, open_place
 
 IDLE_S = 0.02
 FULL_S = 0.5  # how long to wait for room on a full disk
@@ -34,12 +35,12 @@ class Loop:
         self._unwritten: list[str] = []
 
     def __call__(self) -> None:
-        """Go round. A full disk is waited for; whatever else the database refuses ends the process: it is restarted."""
+        """Go round, waiting out a full disk and a silent log; what else the database refuses ends the process."""
         while not self.stop.is_set():
             try:
                 taken = self.once()
-            except DiskFull as error:  # nothing was written; the next round takes the same again
-                self.counters.add("errors_total", stage="disk_full")
+            except (DiskFull, Unavailable) as error:  # nothing was written; the next round takes the same again
+                self.counters.add("errors_total", stage="disk_full" if isinstance(error, DiskFull) else "log")
                 self.counters.warn(str(error))
                 self.counters.publish()
                 wait_s(FULL_S, self.stop)
@@ -91,6 +92,7 @@ def make_deliverer(layout: Layout, run: Run, endpoint: str | None) -> Deliverer 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--platform", metavar="URL", help="where cases go (default: the run's own grid platform)")
+    add_arguments(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -100,7 +102,15 @@ def _run(args: argparse.Namespace) -> int:
     counters = Counters("desk", layout.run)
     counters.resume()
     counters.publish(force=True)
-    desk = Desk(open_store(layout.database), layout, range(run.shards), load_categories(), counters=counters)
+    place = open_place(args, layout, run.shards)
+    desk = Desk(
+        open_store(layout.database),
+        place.layout,
+        range(run.shards),
+        load_categories(),
+        counters=counters,
+        logs=place.logs,
+    )
     deliverer = make_deliverer(layout, run, args.platform)
     loop = Loop(desk, deliverer, run, counters)
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -23,7 +23,7 @@ from streams.complaints import Complaints
 from streams.cursors import Cursor, Cursors, Lanes, Saved, Verdict, decode_saved, encode_saved
 from streams.decode import FUTURE, Decoded, Decoder, culprit, decode_readings
 from streams.log import Control, FrameHead, Kind, Tick, decode_control, frame_head, pack_frame
-from streams.logs import LogStore
+from streams.logs import LogStore, records
 from streams.quarantine import Held, Quarantine
 
 KEPT_SNAPSHOTS = 4
@@ -111,8 +111,7 @@ class Intake:
         reader = self._logs.reader("log", self.shard, first)
         while True:
             try:
-                while records := reader.read():
-                    yield from records
+                yield from records(reader)
             except Damaged as error:
                 self._counters.warn(str(error))
                 self._counters.add("errors_total", stage="recovery")

@@ -7,7 +7,7 @@ hash must be where the log's readers are before the record is: `share`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -93,6 +93,12 @@ class LogStore(Protocol):
 
     def forget(self, content: str) -> None:
         """Nobody needs this blob any more."""
+
+
+def records(reader: LogReader) -> Iterator[Record]:
+    """Yield every record that is committed now; raises Damaged, Unavailable."""
+    while found := reader.read():
+        yield from found
 
 
 class SegmentStore:

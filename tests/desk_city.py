@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from citybrain.db.store import open_store
 from citybrain.layout import Active, Layout
 from citybrain.mailbox import Command, Mailbox
 from citybrain.model import Cell, Device, Edge, Evidence, Gateway, Place, Registry, Transition, Unit
-from citybrain.segments import Writer
 from rules.categories import load_categories
 from rules.files import library
 from streams.log import Kind, encode_transition
+from streams.logs import LogStore, SegmentStore
 from streams.registry import encode_registry
 from streams.ruleset import Rule, encode_ruleset
 
@@ -55,14 +56,17 @@ def make_registry() -> Registry:
 class City:
     """A data folder with a desk on it. Times are given in ms after T0."""
 
-    def __init__(self, root: Path, config: DeskConfig | None = None) -> None:
+    def __init__(
+        self, root: Path, config: DeskConfig | None = None, logs_of: Callable[[Layout], LogStore] = SegmentStore
+    ) -> None:
         self.layout = Layout(root)
         self.layout.make()
         self.config = config or DeskConfig()
+        self.logs = logs_of(self.layout)
         self.ruleset = self.layout.put_blob(encode_ruleset(library()))
         registry = self.layout.put_blob(encode_registry(make_registry()))
         self.layout.write_active(Active(registry, self.ruleset))
-        self.writers = [Writer(self.layout.transitions(shard)) for shard in (0, 1)]
+        self.writers = [self.logs.writer("transitions", shard) for shard in (0, 1)]
         for writer in self.writers:
             writer.start()
         self.source = [writer.next_offset * 10 for writer in self.writers]
@@ -72,7 +76,7 @@ class City:
         self.desk.start()
 
     def make_desk(self, store: Engine) -> Desk:
-        return Desk(store, self.layout, (0, 1), CATEGORIES, self.config)
+        return Desk(store, self.layout, (0, 1), CATEGORIES, self.config, logs=self.logs)
 
     def restart(self) -> None:
         """A desk that remembers nothing goes on with the same database."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from types import FrameType
 
@@ -23,7 +23,7 @@ from citybrain.layout import Layout, Run
 from citybrain.model import Transition
 from citybrain.segments import Record
 from streams.log import Kind, decode_transition
-from streams.logs import LogStore, SegmentStore
+from streams.logs import LogStore, SegmentStore, records
 from streams.runtimes.ingest import parse_shards
 from streams.runtimes.snapshots import Saver, restored_engine
 from streams.runtimes.stores import Place, add_arguments, open_place
@@ -42,11 +42,10 @@ DROPPED = ("late", "inactive", "foreign", "malformed")
 def last_written(logs: LogStore, shard: int) -> tuple[int, int]:
     """Return (source, index) of the last transition in the transition log, (-1, -1) where there is none."""
     for first in reversed(logs.starts("transitions", shard)):
-        reader, last = logs.reader("transitions", shard, first), None
-        while records := reader.read():
-            last = next((one for one in reversed(records) if one.kind == Kind.TRANSITION), last)
-        if last is not None:
-            transition = decode_transition(last.payload)
+        found = records(logs.reader("transitions", shard, first))
+        last = deque((record for record in found if record.kind == Kind.TRANSITION), 1)
+        if last:
+            transition = decode_transition(last[0].payload)
             return transition.source, transition.index
     return -1, -1
 

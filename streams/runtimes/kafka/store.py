@@ -33,10 +33,11 @@ from citybrain.clock import monotonic_s, wait_s
 from citybrain.errors import ConfigError, Damaged, Overtaken, StorageError, Unavailable
 from citybrain.layout import Layout
 from citybrain.segments import HEADER, MAX_RECORD, Record
+from streams.log import Kind
 from streams.logs import LogReader, LogWriter, Name, ignore_waiting
 from streams.runtimes.kafka.blobs import Blobs
 
-VOID = 0  # kind of a record that is none: it only takes up its offset
+VOID = int(Kind.VOID)
 NOWHERE = 2**64 - 1  # the number of a record that is to count nowhere
 ANSWER_S = (
     15.0  # how long we wait for an answer that changes nothing; a write is waited for without end [U: our choice]
