@@ -135,11 +135,20 @@ def test_through_rebalances_and_kills_every_transition_is_written_once(site: Sit
         assert third.wait(30) == 0
         os.kill(second.pid, signal.SIGKILL)
     with site.worker("fourth") as fourth:
+        site.send(20)
+        eventually(site.written, 60, "what the fourth worker finds")
+        rival = site.store.writer("transitions", 0)
+        rival.start()  # a worker that believes the shard is its own; from here on what the fourth writes is void
         site.send(site.left)
         eventually(site.written, 60, "the rest")
+        rival.close()
         fourth.send_signal(signal.SIGTERM)
         assert fourth.wait(30) == 0
     assert site.found == site.expected
+    last = site.beat("fourth")
+    assert last is not None
+    assert last.counters["overtaken_total"] == 1
+    assert "another process writes this shard" in last.warnings[-1]
     assert all(len(snapshot_paths(site.layout.engine(shard))) for shard in range(SHARDS))
 
 
