@@ -105,7 +105,8 @@ class Broker:
             group.initial.rebalance.delay.ms=0
             group.min.session.timeout.ms=1000
             auto.create.topics.enable=false
-            broker.session.timeout.ms=6000
+            broker.session.timeout.ms=3000
+            broker.heartbeat.interval.ms=500
             num.network.threads=2
             num.io.threads=4
             log.cleaner.dedupe.buffer.size=4000000

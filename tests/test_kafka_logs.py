@@ -21,7 +21,8 @@ from streams.runtimes.kafka.blobs import PART_BYTES, Blobs, SharedLayout
 from streams.runtimes.kafka.store import NOWHERE, VOID, KafkaStore, KafkaWriter, pack
 from streams.runtimes.worker import last_written
 from tests.conftest import eventually
-from tests.kafka_cluster import Cluster, kafka, mortal, one_broker, prefix
+from tests.faulty_files import LossyFiles
+from tests.kafka_cluster import Cluster, cluster, kafka, mortal, one_broker, prefix
 
 __all__ = ["kafka", "mortal", "one_broker", "prefix"]  # fixtures
 SHARDS = 2
@@ -182,6 +183,47 @@ def test_what_retention_took_is_skipped(kept: Kept) -> None:
     assert kept.store.starts("log", 0)[0] == records[0].offset
 
 
+class Crashing(NamedTuple):
+    """A store, and what loses power or is killed under it."""
+
+    store: LogStore
+    crash: Callable[[], None]
+    times: int
+
+
+@pytest.fixture(params=["segments", "kafka"])
+def crashing(request: pytest.FixtureRequest, layout: Layout, prefix: str) -> Crashing:
+    if request.param == "segments":
+        disk = LossyFiles(5)
+        return Crashing(SegmentStore(layout, disk, segment_bytes=600), disk.crash, 20)
+    mortal: Cluster = request.getfixturevalue("mortal")
+    store = KafkaStore(mortal.address, layout, SHARDS, prefix=prefix)
+    store.open()
+
+    def crash() -> None:
+        mortal.brokers[0].kill()
+        mortal.revive()
+
+    return Crashing(store, crash, 1)
+
+
+def test_what_is_committed_survives_a_crash_once_and_in_order(crashing: Crashing) -> None:
+    store, dice, committed = crashing.store, random.Random(2), list[bytes]()
+    writer = writer_of(store)
+    for _ in range(crashing.times):
+        for _ in range(dice.randrange(1, 9)):
+            batch = [dice.randbytes(dice.randrange(300)) for _ in range(dice.randrange(1, 9))]
+            fill(writer, batch)
+            committed += batch
+        writer.append(1, 1, b"nobody was told of it")
+        crashing.crash()
+        writer = writer_of(store)
+        assert payloads(store) == committed
+    fill(writer, [b"and it goes on"])
+    assert payloads(store) == [*committed, b"and it goes on"]
+    writer.close()
+
+
 # --- Kafka ------------------------------------------------------------------------------------------------------------
 
 
@@ -316,3 +358,38 @@ def test_a_commit_may_be_given_up_and_is_then_repeated_by_the_next_process(
     assert found[-1] == b"in flight, again"
     assert found[1:-1] in ([], [b"in flight"])
     following.close()
+
+
+# --- three brokers ----------------------------------------------------------------------------------------------------
+
+
+def leader_of(store: KafkaStore, shard: int) -> int:
+    admin = AdminClient(store.settings)
+    topic = store.topic("log")
+    return admin.list_topics(topic, timeout=10).topics[topic].partitions[shard].leader
+
+
+@pytest.mark.soak
+def test_of_three_brokers_one_may_die_and_without_two_nothing_is_stored(layout: Layout, tmp_path: Path) -> None:
+    with cluster(tmp_path / "three", 3) as three:
+        waited: list[float] = []
+        store = KafkaStore(three.address, layout, SHARDS)
+        store.waiting = waited.append
+        store.open()
+        writer = writer_of(store)
+        fill(writer, [b"%d" % number for number in range(100)])
+        victim = three.brokers[leader_of(store, 0) - 1]
+        victim.kill()
+        fill(writer, [b"%d" % number for number in range(100, 2100)])  # another one leads
+        other = next(broker for broker in three.brokers if broker is not victim)
+        other.kill()
+        waited.clear()
+        thread = threading.Thread(target=fill, args=(writer, [b"%d" % number for number in range(2100, 2200)]))
+        thread.start()
+        eventually(lambda: waited and waited[-1] > 5, 30, "the writer waiting for a second replica")
+        assert writer.committed == 2100
+        three.revive()
+        thread.join(90)
+        assert writer.committed == 2200
+        assert payloads(store) == [b"%d" % number for number in range(2200)]
+        writer.close()

@@ -48,7 +48,13 @@ LOOK_BACK = 4096  # records a step when looking backwards
 REPLICAS, IN_SYNC = 3, 2  # where there are three brokers: one may be gone without anybody noticing
 PREFIX = "citybrain."
 PAUSE_S = 0.05
-CHANGING = (KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.UNKNOWN_TOPIC_OR_PART)
+CHANGING = (  # a topic is new to the broker that is asked, or its leader is being chosen
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError._UNKNOWN_TOPIC,
+    KafkaError._UNKNOWN_PARTITION,
+)
 RESET = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)
 
 
@@ -241,7 +247,7 @@ class KafkaReader:
 
 
 BURST = 1000
-PASSING = (KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
+PASSING = (*CHANGING, KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
 PRODUCER = {
     "acks": "all",
     "enable.idempotence": True,
@@ -277,7 +283,7 @@ def watermarks(settings: dict[str, Any], topic: str, shard: int) -> tuple[int, i
                 passes = error.args[0].retriable() or error.args[0].code() in CHANGING
                 if not passes or monotonic_s() > until_s:
                     unavailable(settings, error)
-            wait_s(PAUSE_S)  # a new leader is being chosen
+            wait_s(PAUSE_S)
     finally:
         consumer.close()
 
