@@ -12,6 +12,7 @@ import signal
 from collections import Counter, deque
 from collections.abc import Sequence
 from types import FrameType
+from typing import Protocol
 
 import msgspec
 
@@ -261,11 +262,21 @@ def _run(args: argparse.Namespace) -> int:
     place = open_place(args, layout, run.shards)
     if args.runtime != "embedded":
         return _run_dealt(args, place, run)
-    process = WorkerProcess(place.layout, run, parse_shards(args.shards, run.shards), args.snapshot_s, place.logs)
+    _serve(WorkerProcess(place.layout, run, parse_shards(args.shards, run.shards), args.snapshot_s, place.logs))
+    return 0
+
+
+class Stoppable(Protocol):
+    """A loop that a signal ends."""
+
+    def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None: ...
+    def run(self) -> None: ...
+
+
+def _serve(process: Stoppable) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, process.stop)
     process.run()
-    return 0
 
 
 def _run_dealt(args: argparse.Namespace, place: Place, run: Run) -> int:
@@ -279,7 +290,7 @@ def _run_dealt(args: argparse.Namespace, place: Place, run: Run) -> int:
     else:
         from streams.runtimes.kafka.group_worker import GroupWorker  # noqa: PLC0415
 
-        GroupWorker(place, run, args.snapshot_s, args.name, args.session_s).run()
+        _serve(GroupWorker(place, run, args.snapshot_s, args.name, args.session_s))
     return 0
 
 

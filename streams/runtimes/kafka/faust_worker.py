@@ -22,7 +22,7 @@ from typing import Any
 import faust
 
 from citybrain.counters import Counters
-from citybrain.errors import Overtaken
+from citybrain.errors import CityBrainError, Overtaken
 from citybrain.layout import Run
 from citybrain.segments import Record
 from streams.runtimes.kafka.store import KafkaStore, unpack
@@ -80,8 +80,8 @@ class Shards:
         if shard not in self.assigned:
             return []  # of before a rebalance: whoever has the shard now gets them
         self._at_work = shard
-        owned = self.owned.get(shard) or self._open(shard)
         try:
+            owned = self.owned.get(shard) or self._open(shard)
             self._fill(owned.worker, records[0].offset)
             following = [record for record in records if record.offset >= owned.worker.engine.offset]
             if following:
@@ -112,7 +112,9 @@ class Shards:
         """Drop a shard whose state is not what the transition log says; it is restored with the next records."""
         self._counters.warn(f"shard {shard} is restored from its snapshot: {why}")
         self._counters.add("overtaken_total")
-        self.owned.pop(shard).worker.abandon()
+        owned = self.owned.pop(shard, None)
+        if owned is not None:
+            owned.worker.abandon()
 
     def _waiting(self, waited_s: float) -> None:
         self._counters.gauges["log_waiting_s"] = waited_s
@@ -165,6 +167,15 @@ class FaustWorker:
         worker.execute_from_commandline()
 
     async def _detect(self, stream: Any) -> None:
+        try:
+            await self._serve(stream)
+        except CityBrainError as error:  # Faust would start the agent again; whoever supervises us starts all of it
+            self.counters.warn(str(error))
+            self.counters.publish(force=True)
+            await self.app.crash(error)
+            raise
+
+    async def _serve(self, stream: Any) -> None:
         async for events in stream.noack_take(MOST_RECORDS, within=WITHIN_S):
             by_shard: dict[int, list[Any]] = {}
             for event in events:

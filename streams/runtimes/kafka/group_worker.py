@@ -7,7 +7,6 @@ transition log says which of two workers counts.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from types import FrameType
 
@@ -54,8 +53,6 @@ class GroupWorker:
 
     def run(self) -> None:
         """Join the group and serve until stopped; raises StorageError, Unavailable."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
         self._publish(force=True)
         warm_engine()
         self._consumer.subscribe([self._topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
