@@ -105,7 +105,7 @@ def embedded(layout: Layout, logs: list[list[Record]], warm: int) -> Spent:
         writer.start()
         append(writer, log[:warm])
         writers.append(writer)
-        shard = ShardWorker(number, layout, Counters("worker"), 30.0, store)
+        shard = ShardWorker(number, layout, Counters("worker"), 30.0, logs=store)
         shard.start()
         shards.append(shard)
     while any(shard.step() for shard in shards):

@@ -156,7 +156,7 @@ def test_a_full_disk_delays_transitions_and_loses_none(layout: Layout) -> None:
     writer.start()
     append(writer, log, 0, len(log.records))
     counters = Counters("worker", layout.run)
-    shard = ShardWorker(0, layout, counters, 30.0, SegmentStore(layout, files))
+    shard = ShardWorker(0, layout, counters, 30.0, files)
     shard.start()
     files.capacity = files.used() + 500
     assert shard.step()  # the engine took them; what it found waits

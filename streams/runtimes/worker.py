@@ -23,6 +23,7 @@ from citybrain.errors import DiskFull, StorageError, UsageError
 from citybrain.layout import Layout, Run
 from citybrain.model import Transition
 from citybrain.segments import Record
+from citybrain.storage import OS_FILES, Files
 from streams.log import Kind, decode_transition
 from streams.logs import LogStore, SegmentStore, records
 from streams.runtimes.ingest import parse_shards
@@ -58,10 +59,16 @@ class ShardWorker:
     """
 
     def __init__(
-        self, shard: int, layout: Layout, counters: Counters, snapshot_s: float, logs: LogStore | None = None
+        self,
+        shard: int,
+        layout: Layout,
+        counters: Counters,
+        snapshot_s: float,
+        files: Files = OS_FILES,
+        logs: LogStore | None = None,
     ) -> None:
         self.shard = shard
-        self._logs = logs or SegmentStore(layout)
+        self._logs = logs or SegmentStore(layout, files)
         self._period_s = snapshot_s
         self.counters = counters
         self.engine, self._warnings = restored_engine(shard, layout)
@@ -190,7 +197,7 @@ class WorkerProcess:
         logs: LogStore | None = None,
     ) -> None:
         self.counters = Counters(process_name("worker", shards, run.shards), layout.run)
-        self.shards = [ShardWorker(shard, layout, self.counters, snapshot_s, logs) for shard in shards]
+        self.shards = [ShardWorker(shard, layout, self.counters, snapshot_s, logs=logs) for shard in shards]
         self._clock = run.clock
         self._stopping = False
 

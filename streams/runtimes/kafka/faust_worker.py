@@ -93,7 +93,7 @@ class Shards:
         return owned.settled()
 
     def _open(self, shard: int) -> Owned:
-        worker = ShardWorker(shard, self._layout, self._counters, self._period_s, self._logs)
+        worker = ShardWorker(shard, self._layout, self._counters, self._period_s, logs=self._logs)
         worker.start()
         self._counters.add("opened_total")
         owned = self.owned[shard] = Owned(worker)

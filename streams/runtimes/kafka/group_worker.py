@@ -93,7 +93,7 @@ class GroupWorker:
     def _open(self, shard: int) -> TopicPartition:
         """Restore a shard; return where it goes on."""
         worker = self.shards[shard] = ShardWorker(
-            shard, self._place.layout, self.counters, self._period_s, self._place.logs
+            shard, self._place.layout, self.counters, self._period_s, logs=self._place.logs
         )
         worker.start()
         self.counters.add("opened_total")
