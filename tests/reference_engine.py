@@ -177,6 +177,7 @@ class Reference:
                 continue
             it.when = when
             it.phase, it.deadline, it.began = ("raised" if it.phase in ("raised", "clearing") else "idle"), None, []
+            it.memory = {}
             if it.kind == "absence":
                 it.due = self.live.get(it.device.gateway, 0) + it.ms("timeout")
 

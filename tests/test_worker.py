@@ -18,6 +18,7 @@ import pytest
 from api.site import in_force, not_live
 from citybrain.clock import real_unix_ms, system_clock
 from citybrain.counters import Counters, Heartbeat, read_heartbeats, takes_of
+from citybrain.errors import DiskFull, StorageError
 from citybrain.layout import Layout, Run
 from citybrain.model import Edge, Lane, Transition
 from citybrain.segments import Reader, Writer
@@ -205,6 +206,31 @@ def test_what_was_written_last_is_found_across_segments(layout: Layout) -> None:
         writer.commit()
     writer.close()
     assert last_written(layout, 0) == (found[6].source, found[6].index)
+
+
+class NoSnapshots(LossyFiles):
+    """A disk that has room for all but whole files, until it fails altogether."""
+
+    failure: type[StorageError] = DiskFull
+
+    def replace(self, path: Path, data: bytes) -> None:
+        raise self.failure(f"{path}: {self.failure.__name__}")
+
+
+def test_a_snapshot_that_finds_no_room_is_told_and_one_that_fails_ends_the_worker(layout: Layout) -> None:
+    log, files = busy_log(layout, 60, seed=2), NoSnapshots()
+    writer = Writer(layout.log(0), files)
+    writer.start()
+    append(writer, log, 0, 40)
+    counters = Counters("worker", layout.run)
+    shard = ShardWorker(0, layout, counters, 0.0, files)
+    shard.start()
+    told = f"{layout.engine(0)}/{40:020d}.snapshot: DiskFull"
+    eventually(lambda: not shard.step() and counters.warnings == [told])
+    files.failure = StorageError
+    append(writer, log, 40, 50)
+    with pytest.raises(StorageError, match=rf"{50:020d}\.snapshot: StorageError"):
+        eventually(lambda: shard.step() and False)
 
 
 # --- a month at once --------------------------------------------------------------------------------------------------
