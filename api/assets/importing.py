@@ -143,8 +143,7 @@ def _located(found: Iterable[Finding], lines: dict[str, Line]) -> list[Finding]:
     """Return findings about assets and gateways where their rows stand."""
     placed = []
     for one in found:
-        kind, _, code = one.where.partition(" ")
-        line = lines.get(code) if kind in ("asset", "gateway") else None
+        line = lines.get(one.where)
         at = line.at(FIELD.get(one.code, "code")) if line is not None else one.where
         placed.append(msgspec.structs.replace(one, where=at))
     return placed

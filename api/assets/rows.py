@@ -35,7 +35,7 @@ LONGEST_NAME = 128  # what quarantine takes (streams.quarantine)
 
 
 class Assets(msgspec.Struct):
-    """What rows of assets and gateways come to; `lines`: where each code stands."""
+    """What rows of assets and gateways come to; `lines`: where `asset CODE` and `gateway CODE` stand."""
 
     assets: list[Asset] = msgspec.field(default_factory=list)
     gateways: list[Gateway] = msgspec.field(default_factory=list)
@@ -213,7 +213,7 @@ def _gateway(row: Row, made: Assets) -> None:
             finding(row.line.at("shard"), "not_a_number", value=row.line.get("shard") or "–", expected="0")
         )
         return
-    made.lines.setdefault(row.code, row.line)
+    made.lines[f"gateway {row.code}"] = row.line
     made.gateways.append(Gateway(row.code, int(shard), row.place))
 
 
@@ -237,7 +237,7 @@ def _own_assets(rows: Iterable[Row], book: Book, made: Assets, at_ms: int, reaso
 
 def _rows(rows: Iterable[Row], around: Around, book: Book, made: Assets, at_ms: int, reason: str) -> None:
     for row in rows:
-        made.lines[row.code] = row.line
+        made.lines[f"asset {row.code}"] = row.line
         before = len(made.findings)
         asset = _asset(row, around, book.assets.get(row.code), made.findings, at_ms)
         sensor = row.line.get("sensor") or book.sensor_of(row.code) or row.code
@@ -307,7 +307,7 @@ def _nominal(line: Line, found: list[Finding]) -> dict[str, float]:
         if value is None:
             found.append(finding(line.at(field), "not_a_number", value=text, expected=f"0.3 {metric.unit}"))
         elif not metric.low <= value <= metric.high:
-            facts = {"value": text, "metric": metric.zh, "name": metric.name, "unit": metric.unit}
+            facts = {"value": text, "name": metric.name, "unit": metric.unit}
             found.append(finding(line.at(field), "out_of_range", low=metric.low, high=metric.high, **facts))
         else:
             values[metric.name] = value

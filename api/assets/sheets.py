@@ -216,7 +216,7 @@ _OTHER_UNITS = frozenset({"kpa", "pa", "bar", "psi", "mh2o", "m3h", "lpm", "cm",
 
 
 def _wrong_unit(at: str, unit: str, metric: Metric) -> Finding:
-    return finding(at, "wrong_unit", unit=unit, metric=metric.zh, name=metric.name, expected=metric.unit)
+    return finding(at, "wrong_unit", unit=unit, name=metric.name, expected=metric.unit)
 
 
 def _line(where: str, row: int, columns: dict[str, Column], values: Sequence[Any]) -> Line | None:
