@@ -102,6 +102,7 @@ def _read_shapefile(name: str, content: bytes, beside: Mapping[str, bytes], crs:
         return [], [finding(name, "no_dbf", file=Path(name).with_suffix(".dbf").name)]
     if beside.get(".prj", b"").lstrip().upper().startswith(b"PROJCS") and not is_projected(crs):
         return [], [finding(name, "projected", crs=crs)]
+    wrong = finding(name, "encoding")
     said = beside.get(".cpg", b"").decode("ascii", "replace").strip().lower()
     for encoding in dict.fromkeys(("gb18030" if "gb" in said or "936" in said else "utf-8", "utf-8", "gb18030")):
         try:
@@ -112,11 +113,10 @@ def _read_shapefile(name: str, content: bytes, beside: Mapping[str, bytes], crs:
                 ], []
         except UnicodeDecodeError:
             continue
-        except (shapefile.ShapefileException, ValueError, OSError, KeyError, IndexError) as error:
-            return [], [finding(name, "unreadable", what=error)]
-        except struct.error as error:
-            return [], [finding(name, "unreadable", what=error)]
-    return [], [finding(name, "encoding")]
+        except (shapefile.ShapefileException, ValueError, OSError, KeyError, IndexError, struct.error) as error:
+            if "decode" not in str(error):  # the library says so in its own words where an attribute is not text
+                wrong = finding(name, "unreadable", what=error)
+    return [], [wrong]
 
 
 def _feature(file: str, where: str, properties: Mapping[str, Any], geometry: Any, crs: str) -> Feature | Finding:
