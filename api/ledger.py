@@ -75,6 +75,9 @@ _TRIAL_ALARMS = (
     .where(alarms.c.subject == bindparam("subject"), alarms.c.incident.is_(None), alarms.c.active == 1)
     .order_by(alarms.c.id)
 )
+_LIFE_ALARM = select(alarms).where(
+    alarms.c.subject == bindparam("subject"), alarms.c.urgency == "life", alarms.c.active == 1
+)
 _MEMBERS = select(alarms).where(alarms.c.incident == bindparam("incident")).order_by(alarms.c.id)
 _ANY_ACTIVE = select(alarms.c.id).where(alarms.c.incident == bindparam("incident"), alarms.c.active == 1).limit(1)
 _CANDIDATES = (
@@ -206,6 +209,10 @@ class Ledger:
     def trial_alarms(self, subject: str) -> list[Row]:
         """Return the alarms that hold and that a device raised while it was on trial: no incident has them."""
         return self._all(_TRIAL_ALARMS, subject=subject)
+
+    def life_alarm(self, subject: str) -> Row | None:
+        """Return a life-safety alarm of a device that holds now."""
+        return self._one(_LIFE_ALARM, subject=subject)
 
     def any_active(self, incident: int) -> bool:
         """Return whether an alarm of an incident still holds."""

@@ -90,6 +90,13 @@ def test_a_retired_asset_leaves_the_registry_and_stays_in_the_ledger(city: City)
     assert "no step" in city.command("y", "asset_retire", {"asset": HYDRANTS[7]})
 
 
+def test_an_elevator_with_somebody_trapped_is_not_retired(city: City) -> None:
+    city.raises("elevator_trapped", LIFTS[0], at=0)
+    assert "life-safety alarm" in city.command("x", "asset_retire", {"asset": LIFTS[0]}, at=MIN)
+    city.clears("elevator_trapped", LIFTS[0], at=2 * MIN)
+    assert city.command("y", "asset_retire", {"asset": LIFTS[0]}, at=3 * MIN).startswith("applied")
+
+
 @pytest.mark.parametrize(
     ("kind", "body", "what"),
     [
@@ -307,3 +314,53 @@ def make_asset() -> Any:
     from api.assets.book import Asset
 
     return Asset("x", "hydrant", "planned", Place(120.0, 31.0, ""))
+
+
+# --- beside the rest ----------------------------------------------------------------------------------------------
+
+
+def test_a_later_start_of_the_simulation_does_not_undo_what_was_entered(city: City) -> None:
+    from simulators.district import build
+    from simulators.simulate import provision
+
+    district = build(7)
+    assert provision(city.layout, district, T0)["changed"] == ["registry"]
+    assert send(city, "one", Changes(0)).startswith("applied")
+    assert provision(city.layout, district, T0)["changed"] == []
+
+
+def test_an_older_database_keeps_its_rows(tmp_path: Path) -> None:
+    """One of revision 0001, with a case and what belongs to it, is brought up to this version's schema."""
+    from alembic import command
+    from alembic.config import Config
+
+    from citybrain.db import migrations
+    from citybrain.db.store import open_store, writing
+
+    store = open_store(tmp_path / "old.db")
+    config = Config()
+    config.set_main_option("script_location", str(migrations.FOLDER))
+    with writing(store) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    with store.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO incidents (id, state, open, cause, by, key, urgency, opened_at, last_at) "
+            "VALUES (1, 'confirmed', 1, 'c', 'device', 'd', 'urgent', 1, 1)"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO alarms (id, rule, ruleset, subject, state, open, active, urgency, raised_at, received_at, "
+            "opened_at, last_at, count, shard, source, evidence, incident) "
+            "VALUES (1, 'r', 's', 'd', 'unack', 1, 1, 'urgent', 1, 1, 1, 1, 1, 0, 0, '{}', 1)"
+        )
+        texts = "number kind subject category edition code title_zh title_en urgency cell grid street address unit"
+        names = [*texts.split(), "area_owner", "stage", "owner_system", "evidence"]
+        connection.exec_driver_sql(
+            f"INSERT INTO cases (id, incident, alarm, lon, lat, observed_at, opened_at, deadline, {', '.join(names)}) "
+            f"VALUES (1, 1, 1, 0, 0, 1, 1, 1, {', '.join(repr(name) for name in names)})"
+        )
+    assert migrations.upgrade(store) == "0001"
+    with store.connect() as connection:
+        row = connection.exec_driver_sql("SELECT number, workstation, road_chief FROM cases").one()
+    assert tuple(row) == ("number", "", "")
+    store.dispose()

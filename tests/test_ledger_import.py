@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -23,6 +24,7 @@ from api.assets.findings import Finding, report
 from api.assets.importing import Result, Source, read_import, sources_of
 from api.assets.sheets import column_number, letters
 from citybrain.errors import NotFound, UsageError
+from citybrain.i18n import catalogue
 from citybrain.model import Gateway, Place, Unit
 from simulators.district import build
 from simulators.export import export
@@ -292,6 +294,21 @@ def test_an_asset_that_walked_is_worth_a_look_only() -> None:
     result = assets(table(changed(ROW, 经度="120.009")), book=book)
     assert result.findings == (Finding("assets.csv!F2", "moved", {"code": "hyd-1", "metres": "763"}, "warning"),)
     assert result.changes.counts == {"assets": 1}
+
+
+def test_every_finding_has_its_words_and_its_line_in_the_page() -> None:
+    root = Path(__file__).parents[1]
+    used = {"swapped", "metres", "outside", "no_place", "two_places", "duplicate_code"}  # chosen where they are made
+    for path in (root / "api" / "assets").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("finding", "warning"):
+                given = node.args[1]
+                used |= {str(given.value)} if isinstance(given, ast.Constant) else set()
+    texts = {key.removeprefix("import."): text for key, text in catalogue().items() if key.startswith("import.")}
+    assert used == set(texts)
+    page = (root / "docs" / "ledger.md").read_text(encoding="utf-8")
+    for name, text in texts.items():
+        assert f"| `{name}` | {text.en} |" in page
 
 
 def test_columns_count_as_a_spreadsheet_does() -> None:

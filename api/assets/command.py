@@ -23,7 +23,7 @@ from citybrain.clock import from_iso, iso, monotonic_s, wait_s
 from citybrain.config import duration_ms
 from citybrain.counters import read_heartbeats
 from citybrain.db.schema import commands
-from citybrain.db.store import open_store
+from citybrain.db.store import open_store, refusals
 from citybrain.errors import EXIT_CONFIG, EXIT_FAILED, UsageError
 from citybrain.i18n import text
 from citybrain.layout import Layout, Run
@@ -51,7 +51,7 @@ class Desk:
             return
         store = open_store(self.layout.database, readonly=True)
         try:
-            with store.connect() as connection:
+            with refusals(store), store.connect() as connection:
                 yield connection
         finally:
             store.dispose()

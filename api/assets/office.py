@@ -28,7 +28,7 @@ from api.clerk import Clerk
 from api.ledger import text
 from citybrain.clock import DAY_MS
 from citybrain.db.schema import asked, assets
-from citybrain.errors import NotFound, UsageError
+from citybrain.errors import NotFound, TransitionError, UsageError
 from citybrain.machine import Moved
 from citybrain.mailbox import Command
 from streams.incidents import is_rescue
@@ -81,6 +81,10 @@ def _write(clerk: Clerk, changes: Changes, command: Command) -> None:
     """Check and write a change set, note it, and have ingest asked for the registry it makes."""
     shelf, book = clerk.setting.shelf, _book(clerk)
     after = check(book, changes, shelf.shards)
+    for asset in changes.assets:
+        if asset.state == "retired" and clerk.ledger.life_alarm(asset.code) is not None:
+            # its alarm would end with it, and read as if the passenger were out
+            raise TransitionError(f"asset {asset.code}: a life-safety alarm holds there now; it cannot be retired")
     shelf.write(clerk.ledger, changes, after)
     for note in changes.notes:
         row = clerk.ledger.row(assets, "code", note.asset)
