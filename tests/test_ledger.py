@@ -9,14 +9,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from api.assets.book import ASSET, REGISTER, registry_of
+from api.assets.book import ASSET, REGISTER, Shape, registry_of
 from api.assets.changes import Changes, encode_changes
 from api.assets.store import read_book
-from citybrain.db.schema import alarms, asked, assets, cases, incidents, registers, sensors, timeline
+from api.desk import replay
+from citybrain.db.schema import alarms, asked, assets, cases, incidents, journal, registers, sensors, timeline
+from citybrain.db.store import open_store
 from citybrain.mailbox import Mailbox
 from citybrain.model import Place, Registry
 from streams.registry import Index, decode_registry
-from tests.desk_city import HYDRANTS, LIFTS, MIN, T0, City, S, invariants, make_registry
+from tests.desk_city import HYDRANTS, LIFTS, MIN, T0, City, S, everything, invariants, make_registry
 
 
 @pytest.fixture
@@ -163,6 +165,26 @@ def test_a_gateway_keeps_its_shard_and_a_zone_stays_in_one(city: City) -> None:
     assert city.rows(assets) == []
 
 
+def test_the_journal_tells_all_of_it_again(city: City) -> None:
+    adopt(city, "imei-1", "hyd-100")
+    book = read_book_of(city)
+    asset = msgspec.structs.replace(book.assets[HYDRANTS[1]], name="north gate", state="commissioning")
+    send(city, "one", Changes(book.version, (asset,), shapes=(Shape("zone", "z1", "{}"),)))
+    in_force(city)
+    city.raises("hydrant_tilted", HYDRANTS[1], "hyd-100", at=MIN)
+    enter(city, "u1", "zone:z1")
+    city.command("c1", "register_cancel", {"register": 1}, "done", at=2 * MIN)
+    city.command("a1", "asset_activate", {"asset": HYDRANTS[1]}, "fine", at=3 * MIN)
+    in_force(city)
+    assert city.kinds() == {"case": 2}
+    again = open_store(city.layout.root / "again.db")
+    desk = city.make_desk(again)
+    desk.start()
+    assert replay(city.store, desk) == len(city.rows(journal))
+    assert everything(again) == everything(city.store)
+    again.dispose()
+
+
 # --- asking ingest ------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +279,14 @@ def test_maintenance_leaves_life_safety_alone_unless_said_so(city: City) -> None
     assert not {rule for rule in rules if "trapped" in rule or rule.startswith("hydrant") or rule == "*"}
     assert enter(city, "m2", LIFTS[0], "maintenance", also_life=True).startswith("applied")
     assert [one.rule for one in city.to_ingest()] == ["*"]
+
+
+def test_two_entries_of_one_beginning_would_end_together(city: City) -> None:
+    enter(city, "u1", HYDRANTS[0])
+    assert "register 1 begins at the same time" in enter(city, "u2", HYDRANTS[0])
+    assert enter(city, "u3", HYDRANTS[0], from_ms=T0 + 1).startswith("applied")
+    city.command("c1", "register_cancel", {"register": 1}, "done")
+    assert enter(city, "u4", HYDRANTS[0]).startswith("applied")
 
 
 def test_a_cancelled_entry_ends_now_or_never_was(city: City) -> None:

@@ -16,6 +16,8 @@ import openpyxl
 import pytest
 import shapefile
 import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from api.assets.book import Book, registry_of
 from api.assets.changes import applied
@@ -278,6 +280,25 @@ def test_a_bad_shapefile_is_told() -> None:
         (shape_files("streets.shp", prj=b'PROJCS["CGCS2000_3_Degree_GK_Zone_40"]'), "projected"),
     ):
         assert [one.code for one in read(source).wrong] == [code]
+
+
+CELL = st.one_of(st.sampled_from([*HEADER, *ROW, *LIFT, "", "x"]), st.text(max_size=6), st.floats().map(str))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(CELL, max_size=12), max_size=6), st.sampled_from(["assets.csv", "gateways.csv", "units.csv"]))
+def test_whatever_stands_in_a_sheet_it_is_read_or_told(rows: list[list[str]], name: str) -> None:
+    content = table(*rows, header=HEADER if name == "assets.csv" else rows[0] if rows else ())
+    result = read(*AROUND, Source(name, content))
+    assert all(one.told("zh") and one.told("en") for one in result.findings)
+    if not result.wrong:
+        registry_of(applied(Book(), result.changes))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=300), st.sampled_from(["a.csv", "a.xlsx", "streets.geojson", "streets.shp"]))
+def test_whatever_a_file_is_it_is_told(content: bytes, name: str) -> None:
+    assert read(Source(name, content, {".dbf": content})).wrong
 
 
 def test_paths_that_lead_nowhere_are_said(tmp_path: Path) -> None:

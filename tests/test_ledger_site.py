@@ -182,6 +182,9 @@ def test_a_sensor_in_quarantine_is_seen_adopted_and_its_readings_processed(
         platform.ingest.control(control_of(command, site.now_ms), site.now_ms)
     platform.ingest.control(Control("ruleset", site.now_ms, "test", site.ruleset), site.now_ms)
     platform.ingest.commit()
+    told = [[control.content for control in platform.controls("registry", shard)] for shard in (0, 1)]
+    assert told[0] == told[1], "a change reaches every shard"
+    assert len(told[0]) >= 2
     values = [row for _, _, rows in platform.frames(1) for row in rows if row[0] == "hyd-800001"]
     assert sorted(row[1:] for row in values) == [("battery_v", site.now_ms, 3.6), ("pressure_mpa", site.now_ms, 0.31)]
     assert cli(site, capsys, "quarantine")[1]["sensors"] == []

@@ -56,10 +56,11 @@ def read_around(features: Sequence[Feature], units: Sequence[Sheet], book: Book)
             _road(one, around)
         elif one.kind == "zone":
             around.zones[one.code] = Zone(one.code, one.get("name"), one.get("name_en"))
+    around.all_areas = {**book.areas, **around.areas}
     for sheet in units:
         for line in sheet.lines:
             _unit(line, around)
-    for name in ("units", "areas", "zones", "cells", "roads"):
+    for name in ("units", "zones", "cells", "roads"):
         setattr(around, f"all_{name}", {**getattr(book, name), **getattr(around, name)})
     _check_parents(around, features)
     around.read = dict(Counter(_TABLE.get(one.kind, "areas") for one in kept)) | {"shapes": len(kept)}
@@ -166,7 +167,20 @@ def _unit(line: Line, around: Around) -> None:
     if not code:
         around.findings.append(finding(line.at("code"), "no_code"))
         return
-    unit = Unit(code, line.get("name"), line.get("name_en"), line.get("street"), line.get("department"))
+    street = _street(line, around)
+    unit = Unit(code, line.get("name"), line.get("name_en"), street, line.get("department"))
     if code in around.units and around.units[code] != unit:
         around.findings.append(finding(line.at("code"), "duplicate_code", code=code, other="–"))
     around.units[code] = unit
+
+
+def _street(line: Line, around: Around) -> str:
+    """Return the code of the street a unit names; where streets are known it has to be one of them."""
+    said = line.get("street")
+    streets = [area for area in around.all_areas.values() if area.kind == "street"]
+    if not said or not streets:
+        return said
+    named = [area.code for area in streets if said in (area.code, area.zh, area.en)]
+    if not named:
+        around.findings.append(finding(line.at("street"), "unknown_parent", parent=said, kind="street"))
+    return named[0] if named else said

@@ -147,6 +147,7 @@ def _enter(clerk: Clerk, command: Command) -> str:
         )
     subject_known(book, wish.subject)
     rules = _silenced(clerk, book, wish)
+    _no_clash(book, wish, rules)
     n = max(book.registers, default=0) + 1
     entry = Register(
         n, wish.kind, wish.subject, rules, wish.from_ms, wish.until_ms, command.actor, command.reason, clerk.now_ms
@@ -174,6 +175,14 @@ def _settle(clerk: Clerk, book: Book, entry: Register, command: Command, moved: 
     for rule in entry.rules:
         body = {"subject": entry.subject, "rule": rule, "from_ms": entry.from_ms, "until_ms": until_ms}
         _ask(clerk, "override", body, command)
+
+
+def _no_clash(book: Book, wish: Enter, rules: Sequence[str]) -> None:
+    """Overrides of equal subject, rule and beginning are one to the engine: the second would end with the first."""
+    for entry in book.registers.values():
+        same = entry.state == "entered" and (entry.subject, entry.from_ms) == (wish.subject, wish.from_ms)
+        if same and set(entry.rules) & set(rules):
+            raise UsageError(f"register {entry.n} begins at the same time for {wish.subject}: cancel it first")
 
 
 def _silenced(clerk: Clerk, book: Book, wish: Enter) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import csv
 import io
 import re
 import unicodedata
+import zipfile
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from citybrain.config import load_yaml
 from citybrain.units import METRICS, Metric
 
 FILE = Path(__file__).with_name("columns.yaml")
+MOST_UNPACKED = 256 * 1024 * 1024  # [U] our choice: a district's list takes 5 MiB
 TITLE_ROWS = 5  # how far down the headers may stand
 _BRACKETS = re.compile(r"[(（\[【](.*?)[)）\]】]")
 _SPACES = re.compile(r"[\s_\-]+")
@@ -127,14 +129,16 @@ def decoded(content: bytes) -> str | None:
 
 
 def _read_xlsx(name: str, content: bytes) -> tuple[list[Sheet], list[Finding]]:
-    from zipfile import BadZipFile  # noqa: PLC0415
-
     import openpyxl  # noqa: PLC0415  a desk that imports nothing does without
     from openpyxl.utils.exceptions import InvalidFileException  # noqa: PLC0415
 
     try:
+        with zipfile.ZipFile(io.BytesIO(content)) as packed:
+            unpacked = sum(one.file_size for one in packed.infolist())
+        if unpacked > MOST_UNPACKED:
+            return [], [finding(name, "unreadable", what=f"it unpacks to {unpacked} bytes, at most {MOST_UNPACKED}")]
         book = openpyxl.load_workbook(io.BytesIO(content), data_only=True)
-    except (BadZipFile, InvalidFileException, KeyError, ValueError, OSError) as error:
+    except (zipfile.BadZipFile, InvalidFileException, SyntaxError, KeyError, ValueError, TypeError, OSError) as error:
         return [], [finding(name, "unreadable", what=error)]
     sheets: list[Sheet] = []
     found: list[Finding] = []

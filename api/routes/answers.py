@@ -80,6 +80,8 @@ class Device(BaseModel):
     building: str
     name: str
     tags: list[str]
+    sensor: str = Field(default="", description="its name on the wire")
+    mode: str = Field(default="active", description="active | commissioning: its alarms open no case")
     place: Place
     values: dict[str, Latest]
 
