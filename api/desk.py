@@ -30,7 +30,7 @@ from citybrain.counters import Counters
 from citybrain.db.migrations import upgrade
 from citybrain.db.schema import alarms, asked, cases, consumed, incidents, journal, meta, outbox
 from citybrain.db.store import writing
-from citybrain.errors import ConfigError, DiskFull, StorageError, TransitionError
+from citybrain.errors import ConfigError, StorageError, TransitionError
 from citybrain.layout import Layout
 from citybrain.mailbox import Command, Mailbox
 from citybrain.model import Registry, Transition
@@ -201,20 +201,14 @@ class Desk:
             rows = connection.execute(waiting).mappings().all()
             newest = max((row["id"] for row in rows if row["kind"] == "registry"), default=0)
             book = self._shelf.book(connection, self._atlas.registry, 0) if newest else None
-        try:
-            for row in rows:
-                body = msgspec.json.decode(row["body"])
-                if row["id"] == newest and book is not None:
-                    body = {"content": self.layout.put_blob(encode_registry(registry_of(book)))}
-                elif row["kind"] == "registry":
-                    continue
-                self._ingest.put(
-                    Command(f"ledger-{row['id']:09d}", row["kind"], row["actor"], row["at"], body, row["reason"])
-                )
-        except DiskFull as error:  # the rows are there; the next step tries again
-            self.counters.add("errors_total", stage="ask")
-            self.counters.warn(str(error))
-            return []
+        for row in rows:
+            body = msgspec.json.decode(row["body"])
+            if row["id"] == newest and book is not None:
+                body = {"content": self.layout.put_blob(encode_registry(registry_of(book)))}
+            elif row["kind"] == "registry":
+                continue
+            made = Command(f"ledger-{row['id']:09d}", row["kind"], row["actor"], row["at"], body, row["reason"])
+            self._ingest.put(made)
         return [Input("asked", text({"ids": [row["id"] for row in rows]}))]
 
     def _commands(self) -> list[Input]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from api.assets.views import ledger_version
+from api.assets.store import ledger_version
 from citybrain.cli import Subcommand, emit
 from citybrain.clock import HOUR_MS
 from citybrain.counters import Counters

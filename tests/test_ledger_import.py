@@ -143,7 +143,8 @@ def test_english_headers_a_title_row_and_several_sheets() -> None:
     book = applied(Book(), result.changes)
     assert (book.assets["hyd-1"].state, book.assets["hyd-1"].nominal) == ("planned", {"pressure_mpa": 0.3})
     assert book.assets["lift-1"].kind == "elevator"
-    assert book.sensor_of("hyd-1") == ""
+    assert book.sensor_of("hyd-1") == "867700000000001"
+    assert [device.id for device in registry_of(book).devices] == ["gw-0", "lift-1"], "planned is not provisioned"
 
 
 @pytest.mark.parametrize("crs", ["gcj02", "cgcs2000/3-degree-gk"])

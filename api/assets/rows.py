@@ -240,7 +240,8 @@ def _rows(rows: Iterable[Row], around: Around, book: Book, made: Assets, at_ms: 
         made.lines[f"asset {row.code}"] = row.line
         before = len(made.findings)
         asset = _asset(row, around, book.assets.get(row.code), made.findings, at_ms)
-        sensor = row.line.get("sensor") or book.sensor_of(row.code) or row.code
+        serves = asset is not None and asset.state in IN_SERVICE
+        sensor = row.line.get("sensor") or book.sensor_of(row.code) or (row.code if serves else "")
         if len(sensor) > LONGEST_NAME:
             made.findings.append(finding(row.line.at("sensor"), "long_name", most=LONGEST_NAME))
         if asset is not None and not errors(made.findings[before:]):
@@ -346,7 +347,7 @@ def _add(asset: Asset, sensor: str, book: Book, made: Assets, at_ms: int, reason
     if asset.state == "retired":
         made.sensors += removed(book, asset.code, at_ms, reason)
         asset = msgspec.structs.replace(asset, until=asset.until or at_ms)
-    elif sensor != carried and (asset.state in IN_SERVICE or carried):
+    elif sensor and sensor != carried:
         made.sensors += (*removed(book, asset.code, at_ms, reason), Sensor(sensor, asset.code, at_ms, reason=reason))
         details["sensor"] = sensor
     made.assets.append(asset)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Table, select
+from sqlalchemy import Connection, Table, inspect, select
 from sqlalchemy.dialects.sqlite import insert
 
 from api.assets import book as books
@@ -14,6 +14,8 @@ from api.assets.book import Asset, Book, Register, Sensor, book_of
 from api.assets.changes import TABLES, Changes, key_of
 from api.ledger import Ledger, text
 from citybrain.db.schema import assets, meta, organisation, registers, sensors
+from citybrain.db.store import open_store
+from citybrain.layout import Layout
 from citybrain.model import Area, Cell, Gateway, Registry, Road, Unit
 
 VERSION = "book"  # the key of the ledger's version in `meta`
@@ -33,6 +35,18 @@ def version_of(connection: Connection) -> int:
     """Return the ledger's version, 0 where there is none yet."""
     value = connection.execute(select(meta.c.value).where(meta.c.key == VERSION)).scalar()
     return int(value) if value is not None else 0
+
+
+def ledger_version(layout: Layout) -> int:
+    """Return the ledger's version, 0 where nothing was ever entered or there is no database."""
+    if not layout.database.exists():
+        return 0
+    store = open_store(layout.database, readonly=True)
+    try:
+        with store.connect() as connection:
+            return version_of(connection) if inspect(connection).has_table(meta.name) else 0
+    finally:
+        store.dispose()
 
 
 def read_book(connection: Connection, registry: Callable[[], Registry], at_ms: int) -> Book:

@@ -7,16 +7,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from sqlalchemy import Connection, inspect, select
+from sqlalchemy import Connection, select
 
 from api.assets.areas import read_around
 from api.assets.book import Asset, Book, Register, book_of
 from api.assets.coordinates import parse_crs, to_cgcs2000
 from api.assets.findings import Refused, finding
 from api.assets.layers import DECIMALS, place_problem
-from api.assets.store import read_book, version_of
-from citybrain.db.schema import assets, meta, timeline
-from citybrain.db.store import open_store
+from api.assets.store import read_book
+from citybrain.db.schema import assets, timeline
 from citybrain.errors import NotFound
 from citybrain.layout import Layout
 from citybrain.model import Place, Registry
@@ -52,18 +51,6 @@ def read_ledger(layout: Layout, connection: Connection | None, at_ms: int) -> Bo
     if connection is None:
         return book_of(registry_in_force(layout), at_ms)
     return read_book(connection, lambda: registry_in_force(layout), at_ms)
-
-
-def ledger_version(layout: Layout) -> int:
-    """Return the ledger's version, 0 where nothing was ever entered or there is no database."""
-    if not layout.database.exists():
-        return 0
-    store = open_store(layout.database, readonly=True)
-    try:
-        with store.connect() as connection:
-            return version_of(connection) if inspect(connection).has_table(meta.name) else 0
-    finally:
-        store.dispose()
 
 
 def listed(book: Book, asked: Mapping[str, str | None]) -> list[Asset]:
