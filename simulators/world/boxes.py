@@ -1,0 +1,81 @@
+"""Which gateway a device speaks through: a Pi nearby, or the cloud of its operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import msgspec
+
+from citybrain.model import Device, Gateway
+from simulators.world.assets import Asset, Land
+from simulators.world.city import Metres
+from simulators.world.mains import SHARDS, ZONES_A_SHARD
+from simulators.world.organisation import contractors
+from simulators.world.roads import Spot
+
+PI_GATEWAYS = 60
+PIS_A_SHARD = PI_GATEWAYS // SHARDS
+GATEWAY_METRICS = ("uptime_s", "spooled")
+
+
+class Wired(msgspec.Struct, frozen=True):
+    """Gateways, all devices with their gateway (the gateways themselves among them), and where they stand."""
+
+    gateways: list[Gateway]
+    devices: list[Device]
+    metres: dict[str, Metres]
+
+
+def shard_of(zone: int) -> int:
+    """Return the shard of zone 0..47 and of all that stands in it."""
+    return zone // ZONES_A_SHARD
+
+
+def connect(assets: Sequence[Asset], land: Land) -> Wired:
+    """Return the assets with their gateways: cloud-0..3, one a shard, for those on battery, a Pi for all others.
+
+    A building or a pump room is never cut in two; the Pis of a shard serve nearly the same number of devices, those of
+    neighbouring zones together.
+    """
+    gateway_of: dict[str, str] = {}
+    anchors: dict[str, tuple[int, Spot]] = {}
+    for shard in range(SHARDS):
+        mine = [asset for asset in assets if shard_of(asset.zone) == shard]
+        for name, asset in _clouds(shard, mine) + _pis(shard, mine):
+            gateway_of[asset.device.id] = name
+            anchors.setdefault(name, (shard, asset.spot))
+    gateways = [
+        Gateway(name, shard, land.place(spot, "云平台接入" if name.startswith("cloud-") else "机柜"))
+        for name, (shard, spot) in sorted(anchors.items())
+    ]
+    devices = [msgspec.structs.replace(asset.device, gateway=gateway_of[asset.device.id]) for asset in assets]
+    metres = {asset.device.id: asset.spot.at for asset in assets} | {
+        name: spot.at for name, (_, spot) in anchors.items()
+    }
+    return Wired(gateways, devices + [_vitals(gateway) for gateway in gateways], metres)
+
+
+def _clouds(shard: int, assets: Sequence[Asset]) -> list[tuple[str, Asset]]:
+    return [(f"cloud-{shard}", asset) for asset in assets if "battery" in asset.device.tags]
+
+
+def _pis(shard: int, assets: Sequence[Asset]) -> list[tuple[str, Asset]]:
+    near = sorted(
+        (asset for asset in assets if "battery" not in asset.device.tags),
+        key=lambda asset: (asset.zone, asset.spot.at, asset.device.id),
+    )
+    found: list[tuple[str, Asset]] = []
+    for _, together in groupby(near, key=lambda asset: asset.device.building or asset.device.id):
+        group = list(together)
+        number = int((len(found) + len(group) / 2) * PIS_A_SHARD / len(near))
+        found += [(f"gw-{shard * PIS_A_SHARD + number + 1:02d}", asset) for asset in group]
+    return found
+
+
+def _vitals(gateway: Gateway) -> Device:
+    keepers = contractors("sensor-ops")
+    label = gateway.id.removeprefix("gw-")
+    name = f"网关{label}" if label != gateway.id else f"云接入{gateway.id.removeprefix('cloud-')}"
+    keeper = keepers[gateway.shard % len(keepers)].code
+    return Device(gateway.id, "gateway", gateway.id, gateway.place, GATEWAY_METRICS, name=name, maintainer=keeper)
