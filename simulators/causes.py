@@ -339,11 +339,6 @@ def _burst(dice: random.Random, district: District, centre: str, members: tuple[
     found = [district.devices[member] for member in members]
     wet = [device.id for device in found if device.kind == "hydrant" and "dry_barrel" not in device.tags]
     dry = dice.randint(4, max(2 * len(wet) // 3, 4))
-    distances = sorted(pipe_m(district, centre, member) for member in wet)
+    distances = sorted(district.pipe_m(centre, member) for member in wet)
     reach_m = max(distances[min(dry, len(distances)) - 1], 1.0) / math.log(depth / DRY_FALL_MPA)
     return {"depth_mpa": depth, "reach_m": reach_m}
-
-
-def pipe_m(district: District, one: str, other: str) -> float:
-    """Return how much pipe lies between two devices of a zone, in metres."""
-    return district.distance_m(one, other)

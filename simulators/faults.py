@@ -29,8 +29,7 @@ DEMO_DENSITY = 5.0  # a visitor wants to see something every few minutes
 DEMO_QUIET_MS = 10 * MINUTE_MS  # the planted causes have the stage until then
 EARLIEST_MS = 5 * MINUTE_MS  # after the start of a block: the first readings are in by then
 WEAK_GATEWAY, WEAK_SHARE = "gw-05", 0.7  # of the zone
-LARGE = 1000  # devices: beyond that a block is a week, and rates are those of the city
-WEEK_MS = 7 * DAY_MS
+WEEK_MS = 7 * DAY_MS  # a block of a large district
 TRIES = 200
 
 
@@ -81,7 +80,7 @@ def truth_of(cause: Cause, district: District) -> Truth:
         cause.end_ms,
         cause.subjects,
         Spot(cell.code, cell.street, cell.grid),
-        handler(district, kind.department, cause.centre) if kind.due != "nothing" else "",
+        district.handler(kind.department, cause.centre) if kind.due != "nothing" else "",
         due,
         kind.category,
         kind.due == "nothing",
@@ -109,11 +108,6 @@ def read_truth(path: Path) -> list[Truth]:
 
 
 # --- planning ---------------------------------------------------------------------------------------------------
-
-
-def handler(district: District, department: str, device: str) -> str:
-    """Return the unit that is to handle what happens to a device."""
-    return department
 
 
 def areas_of(district: District, cause: Cause) -> frozenset[str]:
@@ -222,7 +216,7 @@ def _gateways(names: list[str], is_large: bool) -> Callable[[random.Random], str
 
 def large(district: District) -> bool:
     """Return whether a district has a city's rates."""
-    return len(district.devices) > LARGE
+    return district.size != "zone"
 
 
 def plan(

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from citybrain.clock import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
 from citybrain.model import Device, Lane
-from simulators.causes import LOCAL_MS, Cause, is_battery, pipe_m, report_ms
+from simulators.causes import LOCAL_MS, Cause, is_battery, report_ms
 from simulators.columns import MISSED, Columns, Event, by_luck, from_events, grid, only
 from simulators.district import District
 from simulators.noise import F64, I64, keys, normals, stream, uniforms
@@ -87,7 +87,7 @@ def demand(at_ms: int) -> float:
 
 # By the minute: arrays of exponentials may differ in their last bit with their length, tables never do.
 _DEMAND = np.array([demand(minute * MINUTE_MS) for minute in range(24 * 60)])
-_WARMTH = np.array([math.cos((minute - LOCAL_MS // MINUTE_MS * 0 - 14 * 60) / 720 * math.pi) for minute in range(1440)])
+_WARMTH = np.array([math.cos((minute - 14 * 60) / 720 * math.pi) for minute in range(1440)])
 
 
 def demands(at: I64) -> F64:
@@ -175,7 +175,7 @@ class Hydrants:
         """Return by how much a burst takes each hydrant's pressure down: less with every metre of pipe."""
         found = np.zeros(len(self.names))
         for number in self.touched(cause):
-            pipe = pipe_m(self._district, cause.centre, self.names[number])
+            pipe = self._district.pipe_m(cause.centre, self.names[number])
             found[number] = cause.strength["depth_mpa"] * math.exp(-pipe / cause.strength["reach_m"])
         return found
 
