@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from citybrain.errors import ConfigError
 from citybrain.layout import Layout
@@ -37,7 +38,8 @@ class Cause(NamedTuple):
 
     record: int
     position: int  # of the value in its frame; -1 where the record as a whole caused it
-    number: int
+    device: int
+    rule: int
     watch: Watch
     row: np.void
 
@@ -158,7 +160,7 @@ class Engine:
             for row in watch.run(batch):
                 frame = int(np.searchsorted(laid.start, row["position"], "right")) - 1
                 position = int(row["position"] - laid.start[frame])
-                yield Cause(of_frame[frame], position, int(watch.table.number[row["instance"]]), watch, row)
+                yield Cause(of_frame[frame], position, *owner(watch.table, row["instance"]), watch, row)
 
     def _watch(self, watched: list[tuple[int, int, int, int]]) -> Iterator[Cause]:
         """Run what looks at whole records: gateways that fall silent and come back."""
@@ -167,10 +169,10 @@ class Engine:
             return
         columns = np.array(watched, np.int64).T.copy()
         for row in watch.run(Watched(*columns)):
-            yield Cause(int(row["position"]), -1, int(watch.table.number[row["instance"]]), watch, row)
+            yield Cause(int(row["position"]), -1, *owner(watch.table, row["instance"]), watch, row)
 
     def _transitions(self, records: list[Record], causes: list[Cause]) -> list[Transition]:
-        causes.sort(key=lambda cause: cause[:3])  # stable: one instance's rows of one value keep their order
+        causes.sort(key=lambda cause: cause[:4])  # stable: one instance's rows of one value keep their order
         found = []
         for place, group in groupby(causes, key=lambda cause: cause.record):
             for index, cause in enumerate(group):
@@ -180,20 +182,19 @@ class Engine:
     def _transition(self, record: Record, index: int, cause: Cause) -> Transition:
         assert self.index is not None
         assert self.plan is not None
-        table, row = cause.watch.table, cause.row
-        compiled = self.plan.rules[table.rule[row["instance"]]]
+        row, compiled = cause.row, self.plan.rules[cause.rule]
         raised = bool(row["raised"])
         return Transition(
             shard=self.shard,
             source=record.offset,
             index=index,
             rule=compiled.rule.id,
-            subject=self.index.devices[table.device[row["instance"]]].id,
+            subject=self.index.devices[cause.device].id,
             edge=Edge.RAISE if raised else Edge.CLEAR,
             at_ms=int(row["at"]),
             received_at=record.received_at,
             evidence=Evidence(
-                compiled.kind.metric(compiled.parameters),
+                compiled.kind.metrics(compiled.parameters)[row["term"]],
                 float(row["value"]),
                 compiled.kind.limit(compiled.parameters, raised=raised),
                 int(row["since"]),
@@ -291,12 +292,12 @@ class Engine:
             for watch in self.watches.values():
                 watch.mutes = compile_mutes(self.overrides, watch.table, self.plan, self.index)
 
-    def _gone(self, gone: list[tuple[int, str, str]], at_ms: int, record: Record) -> list[Transition]:
+    def _gone(self, gone: list[Gone], at_ms: int, record: Record) -> list[Transition]:
         """Clear what was raised and no longer exists: its rule or its device was taken out."""
         found = []
-        for number, (_, rule, subject) in enumerate(sorted(gone)):
+        for number, one in enumerate(sorted(gone)):
             evidence = Evidence("", None, None, at_ms)
-            where = (self.shard, record.offset, number, rule, subject)
+            where = (self.shard, record.offset, number, one.rule, one.subject)
             found.append(Transition(*where, Edge.CLEAR, at_ms, record.received_at, evidence, self.ruleset))
         return found
 
@@ -351,37 +352,62 @@ def carry_times(times: Times, before: Index | None, index: Index) -> Times:
     return fresh
 
 
-def carry_over(old: InForce, new: InForce) -> list[tuple[int, str, str]]:
-    """Carry state over by table, rule id and subject; return (number, rule, subject) of what was raised and is gone."""
-    gone: list[tuple[int, str, str]] = []
+def owner(table: Table, instance: int) -> tuple[int, int]:
+    """Return the device and the rule of an instance, by their numbers."""
+    return int(table.device[instance]), int(table.rule[instance])
+
+
+class Gone(NamedTuple):
+    """What was raised and exists no longer; they sort as the engine numbers its instances."""
+
+    device: int
+    order: int
+    rule: str
+    subject: str
+
+
+def carry_over(old: InForce, new: InForce) -> list[Gone]:
+    """Carry state over by table, rule id and subject; return what was raised and is gone."""
+    if old.registry is None or old.plan is None:
+        return []
+    device_now, rule_now, same_rule = now_of(old, new)
+    gone: list[Gone] = []
     for name, watch in old.watches.items():
-        keys, rules = instance_keys(old, watch.table), rule_keys(old, watch.table)
-        raised = np.flatnonzero(watch.raised()).tolist()
-        places: dict[tuple[str, str], int] = {}
-        if name in new.watches:
+        table, kept = watch.table, np.zeros(len(watch.table.rule), np.bool_)
+        if name in new.watches and new.plan is not None:
             adopting = new.watches[name]
-            new_rules = rule_keys(new, adopting.table)
-            places = {key: i for i, key in enumerate(instance_keys(new, adopting.table))}
-            pairs = [(places[key], j) for j, key in enumerate(keys) if key in places]
-            same = np.array([new_rules[i] == rules[j] for i, j in pairs], np.bool_)
-            mine, theirs = np.array(pairs, np.int64).reshape(-1, 2).T
-            adopting.adopt(mine, watch, theirs, same)
-        gone += [(int(watch.table.number[j]), *keys[j]) for j in raised if keys[j] not in places]
+            pairs = instance_now(table, adopting.table, device_now, rule_now, len(new.plan.rules))
+            kept = pairs >= 0
+            theirs = np.flatnonzero(kept)
+            adopting.adopt(pairs[theirs], watch, theirs, same_rule[table.rule[theirs]])
+        for j in np.flatnonzero(watch.raised() & ~kept).tolist():
+            device, rule = owner(table, j)
+            gone.append(Gone(device, rule, old.plan.rules[rule].rule.id, old.registry.devices[device].id))
     return gone
 
 
-def instance_keys(held: InForce, table: Table) -> list[tuple[str, str]]:
-    """Return (rule id, subject) of every instance."""
-    assert held.plan is not None
-    assert held.registry is not None
-    rules, devices = held.plan.rules, held.registry.devices
-    return [(rules[r].rule.id, devices[d].id) for r, d in zip(table.rule, table.device, strict=True)]
+def now_of(old: InForce, new: InForce) -> tuple[I32, I32, npt.NDArray[np.bool_]]:
+    """Return, by old number: a device's and a rule's new one, -1 where it is gone; and whether the rule is the same."""
+    assert old.registry is not None
+    assert old.plan is not None
+    index, rules = new.registry, new.plan.rules if new.plan is not None else ()
+    places = index.device_index if index is not None else {}
+    device = np.fromiter((places.get(d.id, -1) for d in old.registry.devices), np.int32, len(old.registry.devices))
+    numbers = {it.rule.id: r for r, it in enumerate(rules)}
+    rule = np.array([numbers.get(it.rule.id, -1) for it in old.plan.rules], np.int32)
+    same = [r >= 0 and rules[r].key == it.key for r, it in zip(rule.tolist(), old.plan.rules, strict=True)]
+    return device, rule, np.array(same, np.bool_)
 
 
-def rule_keys(held: InForce, table: Table) -> list[bytes]:
-    """Return, by instance, what must be equal to carry its state over."""
-    assert held.plan is not None
-    return [held.plan.rules[r].key for r in table.rule]
+def instance_now(old: Table, new: Table, device: I32, rule: I32, rules: int) -> I64:
+    """Return, by old instance, the new one of the same device and rule, -1 where there is none."""
+    keys = new.device.astype(np.int64) * rules + new.rule
+    order = np.argsort(keys)
+    d, r = device[old.device].astype(np.int64), rule[old.rule]
+    wanted = np.where((d >= 0) & (r >= 0), d * rules + r, -1)
+    at = np.minimum(np.searchsorted(keys, wanted, sorter=order), max(len(keys) - 1, 0))
+    found = order[at] if len(keys) else np.zeros(len(wanted), np.int64)
+    return np.where(keys[found] == wanted, found, -1) if len(keys) else np.full(len(wanted), -1, np.int64)
 
 
 def latest_from_snapshot(content: bytes) -> tuple[str, int, I64, F64]:

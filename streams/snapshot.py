@@ -17,7 +17,7 @@ from citybrain.errors import StorageError
 from streams.batch import Times
 from streams.log import Control
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Header(msgspec.Struct, frozen=True):
