@@ -331,6 +331,14 @@ class Spool:
                     self._split(lane, readings, at_ms, "oversized", f"{len(body)} bytes, at most {MAX_BODY} fit")
         return store.writer.next_offset - 1
 
+    def append_body(self, lane: Lane, body: bytes, readings: int, at_ms: int) -> int:
+        """Number a columns body that is already packed as one message; return its seq. Raises ValueError: too large."""
+        if len(body) > MAX_BODY:
+            raise ValueError(f"a body of {len(body)} bytes, at most {MAX_BODY} fit in a message")
+        store = self._stores[lane]
+        store.append(_Pending(at_ms, body, readings))
+        return store.writer.next_offset - 1
+
     def _split(self, lane: Lane, readings: Sequence[Reading], at_ms: int, reason: str, what: str) -> None:
         if len(readings) == 1:
             self.counters.drop(reason)

@@ -185,16 +185,8 @@ def permits(cause: Cause, district: District) -> list[Permit]:
     rule = BY_PERMIT.get(cause.kind)
     if rule is None:
         return []
-    reason = cause.kind.replace("_", " ")
-    if cause.kind != "sprinkler_lorry":
-        return [Permit(cause.centre, rule, *cause.permit, reason)]
-    return [Permit(subject, rule, *cause.permit, reason) for subject in spread(district, f"grid:{grid(district, cause.centre)}")]
-
-
-def spread(district: District, area: str) -> list[str]:
-    """Return the subjects that stand for an area in the register: its hydrants."""
-    code = area.removeprefix("grid:")
-    return [d.id for d in district.registry.devices if d.kind == "hydrant" and district.cells[d.place.cell].grid == code]
+    subject = f"grid:{grid(district, cause.centre)}" if cause.kind == "sprinkler_lorry" else cause.centre
+    return [Permit(subject, rule, *cause.permit, cause.kind.replace("_", " "))]
 
 
 def grid(district: District, device: str) -> str:
@@ -296,6 +288,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "draining": {"flow_lps": (3, 12), "dip_mpa": (0.005, 0.03), "open_s": (100, 180)},
     "pump_switch": {"step_mpa": (0.02, 0.05), "down": (0, 1)},
     "pump_failure": {"sag_mpa": (0.205, 0.25), "pump_mpa": (0.02, 0.12), "current_share": (0.0, 0.15)},
+    "gateway_offline": {"power": (0, 1)},
     "pump_room_flood": {"level_m": (0.18, 0.8), "rise_s": (300, 1200)},
     "battery_low": {"low_v": (2.95, 3.08)},
     "cold_battery": {"low_v": (3.0, 3.12), "above_v": (3.26, 3.36), "dip_s": (120, 400), "dips": (0, 1)},

@@ -7,7 +7,7 @@ reading.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -21,6 +21,7 @@ U16 = npt.NDArray[np.uint16]
 Emitted = tuple[Lane, Reading]
 
 MISSED, REPEATED = 0.015, 0.005  # shares of telemetry reports; events are confirmed and come
+MOST_VALUES = 8000  # of a body: half of what a message holds
 MOST_NAMED = 100  # more devices than this, and a frame names only those that speak in it
 
 
@@ -98,50 +99,66 @@ def _readings(block: Columns, shift_ms: int) -> list[Emitted]:
 
 
 class Frames:
-    """The readings of one gateway and lane over a while, ready to be cut into bodies of the wire."""
+    """The readings of one gateway and lane over a while, ready to be cut into bodies of the wire.
 
-    def __init__(self, blocks: Sequence[Columns], shift_ms: int = 0) -> None:
+    Stamped `shift_ms` later than they say. arrivals: for each block when its readings get to the gateway, where that is
+    not at once; they are in order of that.
+    """
+
+    def __init__(self, blocks: Sequence[Columns], shift_ms: int = 0, arrivals: Sequence[I64] = ()) -> None:
         names = list(dict.fromkeys(name for block in blocks for name in block.names))
         metrics = list(dict.fromkeys(name for block in blocks for name in block.metrics))
         parts = [_entries(block, names, metrics) for block in blocks]
         row, at, device, metric, value = (np.concatenate(part) for part in zip(*parts, strict=True))
         first = np.cumsum([0, *(len(block.at) for block in blocks)])[:-1]
         row += np.repeat(first, [len(part[0]) for part in parts])
-        order = np.argsort(at, kind="stable")
+        arrival = np.concatenate(list(arrivals))[row] if arrivals else at
+        order = np.argsort(arrival, kind="stable")
+        self._arrival: I64 = arrival[order]
         self.at: I64 = at[order] + shift_ms
         self.value: F64 = value[order]
         self._device: U16 = device[order].astype(np.uint16)
         self._metric: U16 = metric[order].astype(np.uint16)
-        row = row[order]
-        self._readings: I64 = np.cumsum(np.diff(row, prepend=-1) != 0)
+        self._reading: I64 = np.cumsum(np.diff(row[order], prepend=-1) != 0)
         self._names = names
         self._metrics = metrics
         self._packed = _packed(names, metrics) if len(names) <= MOST_NAMED else b""
 
-    def cut(self, times_ms: I64) -> I64:
-        """Return for each time how many values were observed before it."""
-        return np.searchsorted(self.at, times_ms).astype(np.int64)
+    def cut(self, times_ms: I64) -> list[int]:
+        """Return for each true time how many values had arrived before it."""
+        found: list[int] = np.searchsorted(self._arrival, times_ms).tolist()
+        return found
 
     def places(self, metric: str) -> I64:
         """Return where in `value` the values of a metric stand."""
-        return np.flatnonzero(self._metric == self._metrics.index(metric)) if metric in self._metrics else np.empty(0, np.int64)
+        if metric not in self._metrics:
+            return np.empty(0, np.int64)
+        return np.flatnonzero(self._metric == self._metrics.index(metric))
 
     def readings(self, start: int, end: int) -> int:
         """Return how many readings the values [start, end) are."""
-        return int(self._readings[end - 1] - self._readings[start]) + 1 if end > start else 0
+        return int(self._reading[end - 1] - self._reading[start]) + 1 if end > start else 0
 
-    def body(self, start: int, end: int) -> bytes:
-        """Return the values [start, end) as a columns body (docs/wire.md); names that say nothing may be in it."""
+    def bodies(self, start: int, end: int) -> Iterator[tuple[bytes, int]]:
+        """Return the values [start, end) as columns bodies (docs/wire.md), and how many readings each holds."""
+        while start < end:
+            stop = end
+            if end - start > MOST_VALUES:  # never within a reading
+                stop = int(np.searchsorted(self._reading, self._reading[start + MOST_VALUES]))
+            yield self._body(start, stop), self.readings(start, stop)
+            start = stop
+
+    def _body(self, start: int, end: int) -> bytes:
         device, names, packed = self._device[start:end], self._names, self._packed
         if not packed:
-            spoken, device = np.unique(device, return_inverse=True)
+            spoken, place = np.unique(device, return_inverse=True)
             names = [names[number] for number in spoken.tolist()]
-            device = device.astype(np.uint16)
-            packed = _packed(names, self._metrics)
-        base = int(self.at[start])
+            device, packed = place.astype(np.uint16), _packed(names, self._metrics)
+        at = self.at[start:end]
+        base = int(at.min())
         head = BODY.pack(len(names), len(self._metrics), end - start, len(packed), 0, base)
-        after = (self.at[start:end] - base).astype(np.uint32)
         value, metric = self.value[start:end], self._metric[start:end]
+        after = (at - base).astype(np.uint32)
         return b"".join((head, packed, value.tobytes(), after.tobytes(), device.tobytes(), metric.tobytes()))
 
 

@@ -24,7 +24,8 @@ from gateway.spool import Spool
 from gateway.uplink import Uplink
 from rules.files import library
 from simulators.district import District, build
-from simulators.faults import ANNOUNCED_MS, Cause, Schedule, truth_of
+from simulators.causes import ANNOUNCED_MS, BY_PERMIT, Cause, permits
+from simulators.faults import Schedule, truth_of
 from simulators.offline import run_offline
 from simulators.sensors import Sensors, SkewedClock, Vitals
 from streams.registry import encode_registry
@@ -139,20 +140,23 @@ class Diary:
         for cause in self._schedule.causes(now_ms - TOLD_MS, now_ms + ANNOUNCED_MS):
             if cause.id in self._told:
                 continue
-            if cause.kind == "authorised_use" and cause.id not in self._permitted:
+            if cause.kind in BY_PERMIT and cause.id not in self._permitted:
                 self._permitted.add(cause.id)
-                Mailbox(self._layout.mailbox("ingest")).put(permit(cause))
+                for command in entries(cause, self._schedule.district):
+                    Mailbox(self._layout.mailbox("ingest")).put(command)
             if cause.start_ms <= now_ms < cause.end_ms:
                 self._told.add(cause.id)
                 with self._layout.truth.open("ab") as file:
                     file.write(msgspec.json.encode(truth_of(cause, self._schedule.district)) + b"\n")
 
 
-def permit(cause: Cause) -> Command:
-    """Return the command that enters an authorised use; its id makes a repeat harmless."""
-    from_ms, until_ms = cause.permit
-    body = {"subject": cause.centre, "rule": "hydrant_illegal_use", "from_ms": from_ms, "until_ms": until_ms}
-    return Command(cause.id, "override", ACTOR, cause.start_ms - ANNOUNCED_MS, body, "authorised use of water")
+def entries(cause: Cause, district: District) -> list[Command]:
+    """Return the commands that enter what is permitted; their ids make a repeat harmless."""
+    found = []
+    for one in permits(cause, district):
+        body = {"subject": one.subject, "rule": one.rule, "from_ms": one.from_ms, "until_ms": one.until_ms}
+        found.append(Command(cause.id, "override", ACTOR, cause.start_ms - ANNOUNCED_MS, body, one.reason))
+    return found
 
 
 def live(layout: Layout, run: Run, schedule: Schedule, gateways: Sequence[Gateway], stop: threading.Event) -> None:
@@ -166,7 +170,6 @@ def live(layout: Layout, run: Run, schedule: Schedule, gateways: Sequence[Gatewa
         services = [host.start() for host in hosts]
         while not stop.is_set():
             now_ms = run.clock.now_ms()
-            schedule.advance(now_ms)
             diary.step(now_ms)
             for host in hosts:
                 host.step(now_ms)
