@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from citybrain.model import Cell, Device, Gateway, Place, Registry, Unit
 from simulators.noise import Noise
-from simulators.world.city import CELL_M, DIVISION, Box, District, Metres, Size, degrees, grouped
+from simulators.world.city import CELL_M, DIVISION, SIZES, Box, District, Metres, Size, degrees, grouped
 from simulators.world.reference import build_reference
 
-__all__ = ["DIVISION", "District", "Size", "build"]
+__all__ = ["DIVISION", "SIZES", "District", "Size", "build"]
 
 STREETS = ("001", "002")
 STREET_NAMES = {"001": ("甲浦街道", "Jiapu Street"), "002": ("乙浦街道", "Yipu Street")}

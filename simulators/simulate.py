@@ -23,8 +23,8 @@ from gateway.service import Broker, GatewayService, poll_all
 from gateway.spool import Spool
 from gateway.uplink import Uplink
 from rules.files import library
-from simulators.district import District, build
 from simulators.causes import ANNOUNCED_MS, BY_PERMIT, Cause, permits
+from simulators.district import SIZES, District, build
 from simulators.faults import Schedule, truth_of
 from simulators.offline import run_offline
 from simulators.sensors import Sensors, SkewedClock, Vitals
@@ -207,6 +207,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gateway", action="append", default=[], metavar="ID", help="host this gateway only")
     parser.add_argument("--scenario", choices=("demo", "random"), default="demo", help="what happens (default: demo)")
     parser.add_argument("--seed", type=int, metavar="N", help="what everything is drawn from (default: the run's)")
+    parser.add_argument("--size", choices=SIZES, help="how large the district is (default: zone; --offline: reference)")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="write the district's lists and map layers, and end")
     parser.add_argument("--offline", action="store_true", help="all of the product in one process, at full speed")
     parser.add_argument("--days", type=float, default=2.0, metavar="N", help="with --offline: how long (default: 2)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="with --offline: where stores and truth go")
@@ -215,7 +217,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     layout = Layout(args.data)
     run = layout.read_run()
-    district = build(run.seed if args.seed is None else args.seed)
+    size = args.size or ("reference" if args.offline else "zone")
+    district = build(run.seed if args.seed is None else args.seed, size)
+    if args.export is not None:
+        from simulators.export import export  # noqa: PLC0415  maps and workbooks: no simulator that runs needs them
+
+        emit(export(district, args.export), as_json=args.json)
+        return 0
     if args.offline:
         if args.out is None:
             raise UsageError("--offline: give an empty folder with --out DIR")

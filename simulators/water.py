@@ -219,6 +219,8 @@ class Hydrants:
         device, at = self._times(from_ms, to_ms, causes)
         state, values = self._measure(device, at, causes)
         keep = self.battery[device] | ((at - self._phase_ms[device]) % PERIOD_MS == 0) | state.active
+        between = np.flatnonzero(~keep)  # one more report tells that it is over
+        keep[between] = self.state(device[between], at[between] - ACTIVE_MS, causes).active
         telemetry = Columns(Lane.TELEMETRY, self.names, TELEMETRY, device, at, values).rows(keep)
         luck = uniforms(self._luck[telemetry.device], telemetry.at)
         missed = np.where(self.battery[telemetry.device], BATTERY_MISSED, MISSED)
@@ -233,7 +235,7 @@ class Hydrants:
             calling, mains = self._called(cause), [n for n in self.touched(cause) if not self.battery[n]]
             during = (calling[1] >= from_ms) & (calling[1] < to_ms)
             found.append((calling[0][during], calling[1][during]))
-            start, end = max(from_ms, cause.start_ms), min(to_ms, cause.end_ms)
+            start, end = max(from_ms, cause.start_ms), min(to_ms, cause.end_ms + ACTIVE_MS)
             if mains and start < end:
                 device, at = grid(self._phase_ms[mains], ACTIVE_MS, start, end)
                 found.append((np.array(mains, np.int64)[device], at))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from citybrain.model import Cell, Device, Registry
 
 Size = Literal["zone", "reference"]
+SIZES: tuple[Size, ...] = get_args(Size)
 Metres = tuple[float, float]  # (east, north) of the origin
 Box = tuple[float, float, float, float]  # west, south, east, north, in metres from the origin
 
