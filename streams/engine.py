@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -19,18 +19,20 @@ from citybrain.errors import ConfigError
 from citybrain.layout import Layout
 from citybrain.model import Edge, Evidence, Transition
 from citybrain.segments import Record
-from streams.batch import FOREIGN, LATE, READINGS, USED, Times, lay, open_frame, take_batch
+from streams.batch import FOREIGN, LATE, READINGS, USED, Frames, Times, lay, take_batch
 from streams.kinds.absence import Watched
 from streams.kinds.holding import I32
-from streams.log import F64, I64, U32, Control, FrameHead, Kind, Tick, decode_control, decode_tick
+from streams.log import F64, I64, Control, Kind, Tick, decode_control, decode_tick
 from streams.plan import Plan, Table, add_override, compile_mutes, compile_plan, compile_rules
 from streams.registry import Index, decode_registry
 from streams.ruleset import decode_ruleset
-from streams.snapshot import Header, fill, load_snapshot, save_snapshot
+from streams.snapshot import Frozen, Header, Stored, load_snapshot, save_snapshot
 from streams.watches import Conditions, Heartbeats, Silences, Watch
 
-BATCH_BYTES = 20 * 1024 * 1024  # about a million values: bounds memory, never a result
+BATCH_VALUES = 65_536  # what a batch holds stays in the cache from kernel to kernel; never decides a result
 PLATFORM = "absence_platform"
+FRAME, TICK, CONTROL = int(Kind.FRAME), int(Kind.TICK), int(Kind.CONTROL)  # once a record: an enum is slow to compare
+ANY = 2**32  # before a rule set is in force a frame may be of any gateway
 
 
 class Cause(NamedTuple):
@@ -89,14 +91,14 @@ class Engine:
             if record.offset < self.offset:
                 continue
             self.offset = record.offset + 1
-            if record.kind == Kind.CONTROL:
+            if record.kind == CONTROL:
                 found += self._run(waiting)
                 found += self._control(record)
                 waiting, size = [], 0
-            elif record.kind in (Kind.FRAME, Kind.TICK):
+            elif record.kind in (FRAME, TICK):
                 waiting.append(record)
                 size += len(record.payload)
-                if size > BATCH_BYTES:
+                if size > 20 * BATCH_VALUES:
                     found += self._run(waiting)
                     waiting, size = [], 0
         found += self._run(waiting)
@@ -108,27 +110,20 @@ class Engine:
     def _run(self, records: list[Record]) -> list[Transition]:
         if not records:
             return []
-        frames: list[tuple[int, FrameHead, tuple[I64, F64, U32]]] = []
-        watched: list[tuple[int, int, int, int]] = []
-        of_frame: list[int] = []
-        kept: list[Record] = []
-        for record in records:
-            if record.kind == Kind.TICK:
-                tick = self._tick(record)
-                if tick is not None:
-                    watched.append((2, 0, tick.at, tick.up_since))
-                    kept.append(record)
-                continue
-            opened = open_frame(record)
-            if opened is None or (self.plan is not None and opened[0].gateway >= len(self.times.stream)):
-                self._malformed(record, "frame")
-                continue
-            watched.append((1, opened[0].gateway, record.received_at, 0))
-            of_frame.append(len(kept))
-            kept.append(record)
-            frames.append((record.received_at, *opened))
-        causes = [*self._judge(frames, of_frame), *self._watch(watched)]
-        return self._transitions(kept, causes) if causes else []
+        frames = [place for place, record in enumerate(records) if record.kind == FRAME]
+        laid = lay([records[place] for place in frames], len(self.times.stream) if self.plan is not None else ANY)
+        watched = Watched(*np.zeros((4, len(records)), np.int64))
+        of_frame = np.array(frames, np.int64)
+        kept = of_frame[laid.kept == 1]
+        watched.kind[kept], watched.gateway[kept] = 1, laid.gateway[laid.kept == 1]
+        watched.at[kept] = laid.received[laid.kept == 1]
+        for place in of_frame[laid.kept == 0].tolist():
+            self._malformed(records[place], "frame")
+        for place, record in enumerate(records):
+            if record.kind == TICK and (tick := self._tick(record)) is not None:
+                watched.kind[place], watched.at[place], watched.up[place] = 2, tick.at, tick.up_since
+        causes = [*self._judge(laid, of_frame), *self._watch(watched)]
+        return self._transitions(records, causes) if causes else []
 
     def _tick(self, record: Record) -> Tick | None:
         try:
@@ -141,34 +136,33 @@ class Engine:
         self.counts["malformed"] += 1
         self.warnings.append(f"log {self.shard} offset {record.offset}: not a {what} record; skipped")
 
-    def _judge(self, frames: list[tuple[int, FrameHead, tuple[I64, F64, U32]]], of_frame: list[int]) -> Iterator[Cause]:
+    def _judge(self, laid: Frames, of_frame: I64) -> Iterator[Cause]:
         """Run the kinds that look at values; yield what they found."""
-        values = sum(head.values for _, head, _ in frames)
+        values = len(laid.value)
         self.counts["values"] += values
         if self.plan is None or self.index is None:
             self.counts["inactive"] += values
             return
         if not values:
             return
-        laid = lay(frames)
         batch, counts = take_batch(laid, self._of_series, self.index.series_device, self.times)
         for name, which in (("used", USED), ("late", LATE), ("foreign", FOREIGN), ("readings", READINGS)):
             self.counts[name] += int(counts[which])
         for watch in self.watches.values():
             if not isinstance(watch, (Conditions, Silences)):
                 continue
-            for row in watch.run(batch):
-                frame = int(np.searchsorted(laid.start, row["position"], "right")) - 1
+            rows = watch.run(batch)
+            frames = np.searchsorted(laid.start, rows["position"], "right") - 1
+            for frame, row in zip(frames.tolist(), rows, strict=True):
                 position = int(row["position"] - laid.start[frame])
-                yield Cause(of_frame[frame], position, *owner(watch.table, row["instance"]), watch, row)
+                yield Cause(int(of_frame[frame]), position, *owner(watch.table, row["instance"]), watch, row)
 
-    def _watch(self, watched: list[tuple[int, int, int, int]]) -> Iterator[Cause]:
+    def _watch(self, watched: Watched) -> Iterator[Cause]:
         """Run what looks at whole records: gateways that fall silent and come back."""
         watch = self.watches.get(PLATFORM)
-        if not isinstance(watch, Heartbeats) or not watched:
+        if not isinstance(watch, Heartbeats):
             return
-        columns = np.array(watched, np.int64).T.copy()
-        for row in watch.run(Watched(*columns)):
+        for row in watch.run(watched):
             yield Cause(int(row["position"]), -1, *owner(watch.table, row["instance"]), watch, row)
 
     def _transitions(self, records: list[Record], causes: list[Cause]) -> list[Transition]:
@@ -276,9 +270,9 @@ class Engine:
             if name == PLATFORM:
                 self.watches[name] = Heartbeats(table, known_ms)
             elif table.kind.JUDGES:
-                self.watches[name] = Conditions(table, self._of_series)
+                self.watches[name] = Conditions(table)
             else:
-                self.watches[name] = Silences(table, self._of_series, index.device_gateway[table.device], self.times)
+                self.watches[name] = Silences(table, index.device_gateway[table.device], self.times)
         self._settle()
 
     def _settle(self) -> None:
@@ -303,8 +297,8 @@ class Engine:
 
     # --- snapshots --------------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> bytes:
-        """Return everything the engine remembers: a zip of header.json and npy arrays."""
+    def freeze(self) -> Frozen:
+        """Return a copy of everything the engine remembers; the only part of a snapshot the stream waits for."""
         header = Header(
             shard=self.shard,
             offset=self.offset,
@@ -314,10 +308,14 @@ class Engine:
             faults=[(*key, n) for key, n in sorted(self.faults.items())],
             counts=dict(self.counts),
         )
-        arrays = dict(self.times._asdict())
+        arrays: dict[str, npt.NDArray[Any]] = {name: array.copy() for name, array in self.times._asdict().items()}
         for name, watch in self.watches.items():
-            arrays |= {f"{name}.{part}": array for part, array in watch.arrays.items()}
-        return save_snapshot(header, arrays)
+            arrays |= {f"{name}.{part}": array for part, array in watch.freeze().items()}
+        return Frozen(header, arrays)
+
+    def snapshot(self) -> bytes:
+        """Return everything the engine remembers: a zip of header.json and npy arrays."""
+        return save_snapshot(*self.freeze())
 
     def restore(self, content: bytes) -> None:
         """Go on from a snapshot; raises StorageError where it is damaged, another version's or another shard's."""
@@ -330,10 +328,10 @@ class Engine:
         self.index, self.times = None, Times.fresh(0, 0)
         self._install(index, plan, 0)
         for name, array in self.times._asdict().items():
-            fill(array, arrays, name)
+            array[...] = Stored(arrays).array(name, array.dtype, array.shape)
         for name, watch in self.watches.items():
-            for part, array in watch.arrays.items():
-                fill(array, arrays, f"{name}.{part}")
+            watch.thaw(Stored(arrays, f"{name}."))
+        self._settle()
 
 
 def carry_times(times: Times, before: Index | None, index: Index) -> Times:

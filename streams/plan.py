@@ -15,13 +15,14 @@ import numpy as np
 
 from citybrain.errors import ConfigError
 from streams.kinds import Kind, absence, holding
-from streams.kinds.holding import I32, MAIN, ONLY_WHILE, UNLESS, Links, Mutes, Structured
+from streams.kinds.holding import I32, MAIN, ONLY_WHILE, U16, UNLESS, Links, Mutes, Structured
 from streams.log import F64, I64, Control
 from streams.registry import Index, Mask
 from streams.ruleset import Rule, RuleSet, Selector, kind_of, problems
 
 DAY_MS = 86_400_000
 NAN = float("nan")
+MAX_RULES = 2**16  # an instance names its rule in 16 bits
 
 
 class Compiled(NamedTuple):
@@ -43,7 +44,7 @@ class Table(NamedTuple):
 
     name: str
     kind: Kind
-    rule: I32
+    rule: U16
     device: I32
     first: I64
     links: Links
@@ -113,6 +114,8 @@ def compile_rules(ruleset: RuleSet) -> tuple[Compiled, ...]:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"rule {name} id", "is given twice")
+    if len(names) > MAX_RULES:
+        raise ConfigError("rule set", f"{len(names)} rules; expected at most {MAX_RULES}")
     return tuple(_compile_rule(rule) for rule in ruleset.rules)
 
 
@@ -132,7 +135,7 @@ def _table(name: str, feeds: Sequence[Feed], rules: Sequence[Compiled], index: I
     """Number the instances by device, first series and rule, so that those of a series and a gateway stand together."""
     kind = rules[feeds[0].rule].kind
     device = np.concatenate([feed.device for feed in feeds])
-    rule = np.repeat(np.array([feed.rule for feed in feeds], np.int32), [len(feed.device) for feed in feeds])
+    rule = np.repeat(np.array([feed.rule for feed in feeds], np.uint16), [len(feed.device) for feed in feeds])
     lead = np.concatenate([_lead(feed) for feed in feeds])
     order = np.argsort(lead.astype(np.int64) * len(rules) + rule)
     device, rule = device[order], rule[order]
@@ -204,7 +207,9 @@ def _series_links(feeds: Sequence[Feed], place: I32, rules: Sequence[Compiled], 
     key = (series_of.astype(np.int64) * (len(place) + 1) + instance) * 3 + (ONLY_WHILE - roles)
     order = np.argsort(key, kind="stable")
     start = np.searchsorted(series_of[order], np.arange(index.n_series + 1)).astype(np.int32)
-    return Links(start, instance[order], roles[order], terms[order])
+    instance, roles, terms = instance[order], roles[order], terms[order]
+    plain = len(parts) == len(feeds) and bool((instance == np.arange(len(instance))).all())
+    return Links(start, instance, roles, terms, plain)
 
 
 def _telemetry_links(device: I32, index: Index) -> Links:
@@ -224,7 +229,7 @@ def _gateway_links(device: I32, index: Index) -> Links:
 
 def _all_main(start: I64, instance: I64) -> Links:
     zeros = np.zeros(len(instance), np.int8)
-    return Links(start.astype(np.int32), instance.astype(np.int32), zeros, zeros)
+    return Links(start.astype(np.int32), instance.astype(np.int32), zeros, zeros, False)
 
 
 def compile_mutes(overrides: Sequence[Control], table: Table, plan: Plan, index: Index) -> Mutes:
