@@ -31,7 +31,8 @@ class Kind(msgspec.Struct, frozen=True):
 
     at: the kind of device it happens to; needs: metrics the device must have; tag, without: tags it must have, or not.
     wide: whom it touches. zone_day, city_day: how many a day in the district of each size. minutes: how long it lasts.
-    hours: local hours in which it begins. warm_reports: how many reports the device must have made before.
+    hours: local hours in which it begins. warm_reports: how many reports the device must have made before. after: for
+    how many minutes it is felt when it is over.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Kind(msgspec.Struct, frozen=True):
     without: str = ""
     hours: tuple[float, float] = (0, 24)
     warm_reports: int = 0
+    after: float = 0.0
 
 
 def _case(name: str, at: str, days: tuple[float, float], minutes: tuple[float, float], category: str, department: str,
@@ -93,7 +95,7 @@ KINDS = (
     _alike("frost", "hydrant", (0, 2), (150, 400), needs=("temperature_c",)),
     _case("slow_leak", "hydrant", (0, 2), (150, 400), "hydrant_leak", "water", needs=("water_present",)),
     _case("rough_ride", "elevator", (0, 2), (180, 300), "elevator_vibration", "lift-maintenance",
-          needs=("vibration_rms_g",), hours=(7, 17)),
+          needs=("vibration_rms_g",), hours=(7, 17), after=120),
     _case("machine_room_hot", "elevator", (0, 2), (90, 240), "elevator_hot", "lift-maintenance",
           needs=("temperature_c",)),
     _care("camera_lost", "camera", (0, 1.2), (30, 180), "camera_care", "camera-ops", needs=("signal",)),
@@ -297,7 +299,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "water_hammer": {"strokes": (5, 10), "apart_s": (50, 110), "hammer_mpa": (0.35, 0.9)},
     "single_hammer": {"strokes": (1, 2.999), "apart_s": (20, 45), "hammer_mpa": (0.3, 0.9)},
     "drift": {"creep_mpa": (-0.05, 0.05)},
-    "sensor_jump": {"jump_mpa": (0.35, 1.1)},
+    "sensor_jump": {"jump_mpa": (0.4, 1.1)},
     "trapped": {"code_s": (2, 8), "button_s": (20, 40)},
     "power_cut_occupied": {"button_s": (20, 40)},
     "power_cut_empty": {"button_s": (20, 40)},
@@ -311,7 +313,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "machine_room_hot": {"hot_c": (43, 55), "rise_s": (600, 1800)},
     "crowd": {"crowd": (0.82, 0.98)},
     "camera_dirty": {"sharpness": (0.12, 0.3)},
-    "camera_dark": {"brightness": (0.0, 0.02)},
+    "camera_dark": {"brightness": (0.0, 0.024)},
     "camera_moved": {"view_shift": (0.45, 0.95)},
     "night": {"brightness": (0.045, 0.09)},
     "lorry": {"hides": (0, 1)},

@@ -114,7 +114,7 @@ class Frames:
         row += np.repeat(first, [len(part[0]) for part in parts])
         arrival = np.concatenate(list(arrivals))[row] if arrivals else at
         order = np.argsort(arrival, kind="stable")
-        self._arrival: I64 = arrival[order]
+        self.arrival: I64 = arrival[order]
         self.at: I64 = at[order] + shift_ms
         self.value: F64 = value[order]
         self._device: U16 = device[order].astype(np.uint16)
@@ -126,7 +126,7 @@ class Frames:
 
     def cut(self, times_ms: I64) -> list[int]:
         """Return for each true time how many values had arrived before it."""
-        found: list[int] = np.searchsorted(self._arrival, times_ms).tolist()
+        found: list[int] = np.searchsorted(self.arrival, times_ms).tolist()
         return found
 
     def places(self, metric: str) -> I64:

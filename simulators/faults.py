@@ -18,8 +18,9 @@ import msgspec
 from citybrain.clock import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
 from citybrain.errors import Damaged, NotFound
 from citybrain.storage import OS_FILES
-from simulators.causes import ANNOUNCED_MS, KINDS, Cause, Kind, begins_well, grid, kind_of, length_ms, make, suits
+from simulators.causes import KIND, KINDS, Cause, Kind, begins_well, grid, kind_of, length_ms, make, suits
 from simulators.district import District
+from simulators.elevators import Lifts
 
 Scenario = Literal["demo", "random"]
 
@@ -31,6 +32,7 @@ EARLIEST_MS = 5 * MINUTE_MS  # after the start of a block: the first readings ar
 WEAK_GATEWAY, WEAK_SHARE = "gw-05", 0.7  # of the zone
 WEEK_MS = 7 * DAY_MS  # a block of a large district
 TRIES = 200
+RIDES = 10  # a lift that nobody rides shakes nobody
 
 
 class Spot(msgspec.Struct, frozen=True):
@@ -159,12 +161,14 @@ class Planner:
         self._origin_ms = origin_ms
         self._agenda = Agenda(gap_ms)
         self._area = cache(lambda device: area_of(district, device))
+        self._lift = cache(lambda device: Lifts(district, [district.devices[device]]))
         self.causes: list[Cause] = []
 
     def take(self, cause: Cause) -> None:
         """Take a cause as it is."""
         self.causes.append(cause)
-        self._agenda.enter(areas_of(self._district, cause), cause.start_ms, cause.end_ms)
+        after_ms = round(KIND[cause.kind].after * MINUTE_MS)
+        self._agenda.enter(areas_of(self._district, cause), cause.start_ms, cause.end_ms + after_ms)
 
     def fill(self, kind: Kind, count: int) -> None:
         """Take up to `count` causes of a kind; what finds no room in 200 tries is left out."""
@@ -186,6 +190,8 @@ class Planner:
         if not begins_well(kind, device, start, self._origin_ms):
             return False
         if not self._agenda.free(self._area(centre), start, start + length):
+            return False
+        if kind.name == "rough_ride" and self._lift(centre).rides(centre, start, start + length) < RIDES:
             return False
         cause = make(dice, self._district, kind.name, (start, start + length), centre)
         if not self._agenda.free(areas_of(self._district, cause), start, start + length):

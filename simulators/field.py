@@ -1,15 +1,19 @@
 """The gateways of some shards over days, block by block: what they say, when they hand it over, when their line is cut.
 
 For simulations that are in a hurry: the readings of half an hour are worked out at once and cut into the bodies of
-messages. A gateway to which something happens hands over each 10 s, a quiet one once a minute.
+messages. A quiet gateway hands over once a minute. One to which something happens does so each 10 s, and before each
+second that brings an event: as live, an event overtakes what was measured in its own second and nothing older.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from citybrain.clock import HOUR_MS, MINUTE_MS, SECOND_MS
 from citybrain.model import Lane, Transition
@@ -21,6 +25,8 @@ from simulators.noise import I64, bits, key, uniforms
 from simulators.pipeline import Stream
 from simulators.sensors import VITALS_MS, Sensors, dead
 from streams.log import Control
+
+Bools = npt.NDArray[np.bool_]
 
 STEP_MS = 10 * SECOND_MS
 BLOCK_MS = 30 * MINUTE_MS
@@ -59,29 +65,44 @@ class Feed:
         self._cloud = is_cloud(gateway)
         self._stagger = number % QUIET_STEPS
         self._key = key(schedule.district.seed, f"{gateway}/push")
-        self._lanes: list[tuple[Lane, Frames, list[int]]] = []
-        self._spooled: tuple[Frames, list[int], list[int]] | None = None
-        self._due: list[bool] = []
+        self._lanes: list[tuple[Lane, Frames]] = []
+        self._spooled: list[int] = []  # where the telemetry says what waits
+        self._points: list[list[tuple[int, ...]]] = []  # by step: up to which value of each lane it hands over
         self._cut: list[bool] = []
-        self._done = [0, 0]
+        self._done: tuple[int, ...] = ()
 
     def block(self, from_ms: int, to_ms: int) -> None:
         """Work out everything that is said in a block; steps are numbered from 0 within it."""
         ends = np.arange(from_ms + STEP_MS, to_ms + STEP_MS, STEP_MS)
         causes = self._schedule.around(self._subjects, from_ms, to_ms, LIVELY_MS)
-        lively = np.arange(len(ends)) % QUIET_STEPS == self._stagger
-        lively[-1] = True
+        lively = np.zeros(len(ends), bool)
         for cause in causes:
             lively |= (ends > cause.start_ms - LIVELY_MS) & (ends <= cause.end_ms + LIVELY_MS)
-        self._due = lively.tolist()
         cuts = [c for c in causes if c.kind == "gateway_offline"]
         self._cut = [any(c.start_ms <= end < c.end_ms for c in cuts) for end in ends.tolist()]
-        self._fill(from_ms, to_ms, ends)
+        self._fill(from_ms, to_ms)
+        self._plan(ends, lively)
 
-    def _fill(self, from_ms: int, to_ms: int, ends: I64) -> None:
+    def _plan(self, ends: I64, lively: Bools) -> None:
+        """Decide when in each step it hands over."""
+        due = lively | (np.arange(len(ends)) % QUIET_STEPS == self._stagger)
+        due[-1] = True
+        times = [[end] if at_end else [] for end, at_end in zip(ends.tolist(), due.tolist(), strict=True)]
+        events = [frames for lane, frames in self._lanes if lane is Lane.EVENT]
+        seconds = np.unique(events[0].arrival // SECOND_MS * SECOND_MS) if events else np.empty(0, np.int64)
+        for second, step in zip(seconds.tolist(), np.searchsorted(ends, seconds, "left").tolist(), strict=True):
+            if step < len(ends) and lively[step] and not self._cut[step] and second > ends[step] - STEP_MS:
+                times[step].append(second)
+        flat = np.array([time for step in times for time in sorted(step)], np.int64)
+        cuts = list(zip(*(frames.cut(flat) for _, frames in self._lanes), strict=True))
+        bounds = np.cumsum([0, *(len(step) for step in times)]).tolist()
+        self._points = [cuts[low:high] for low, high in pairwise(bounds)]
+        self._done = (0,) * len(self._lanes)
+
+    def _fill(self, from_ms: int, to_ms: int) -> None:
         begin = from_ms - (LATE_MS if self._cloud else 0)
         said = self.sensors.columns(begin, to_ms)
-        self._lanes, self._spooled = [], None
+        self._lanes, self._spooled = [], []
         for lane in (Lane.EVENT, Lane.TELEMETRY):
             blocks = [block for block in said if block.lane is lane]
             arrivals = [self._arrival(block) for block in blocks] if self._cloud else [block.at for block in blocks]
@@ -92,12 +113,9 @@ class Feed:
             if not kept:
                 continue
             frames = Frames([b for b, _ in kept], self.skew_ms, [a for _, a in kept])
-            cuts = frames.cut(ends)
-            self._lanes.append((lane, frames, cuts))
+            self._lanes.append((lane, frames))
             if lane is Lane.TELEMETRY:
-                places = frames.places("spooled")
-                self._spooled = frames, np.searchsorted(places, cuts).tolist(), places.tolist()
-        self._done = [0] * len(self._lanes)
+                self._spooled = frames.places("spooled").tolist()
 
     def _arrival(self, block: Columns) -> I64:
         """Return when the cloud's readings get through: pushed, or pulled because the push was lost, or late."""
@@ -126,24 +144,21 @@ class Feed:
         """Return whether the line is down at the end of a step."""
         return self._cut[step]
 
-    def due(self, step: int) -> bool:
-        """Return whether it hands over at the end of a step."""
-        return self._due[step]
+    def points(self, step: int) -> list[tuple[int, ...]]:
+        """Return when in a step it hands over: each time, up to which value of each lane."""
+        return self._points[step]
 
-    def hand_over(self, step: int, spool: Spool, now_ms: int) -> int:
-        """Put what was said by the end of a step into the spool; return how many readings that were."""
-        at_ms, taken = now_ms + self.skew_ms, 0
-        for number, (lane, frames, cuts) in enumerate(self._lanes):
-            start, end = self._done[number], cuts[step]
-            self._done[number] = end
-            if lane is Lane.TELEMETRY and self._spooled is not None:
-                _, until, places = self._spooled
-                waiting = float(spool.spooled())
-                if waiting:
-                    frames.value[[place for place in places[: until[step]] if place >= start]] = waiting
+    def hand_over(self, point: tuple[int, ...], spool: Spool, now_ms: int) -> int:
+        """Put what was said by then into the spool; return how many readings that were."""
+        at_ms, taken, waiting = now_ms + self.skew_ms, 0, float(spool.spooled())
+        for (lane, frames), start, end in zip(self._lanes, self._done, point, strict=True):
+            if lane is Lane.TELEMETRY and waiting:
+                low, high = bisect_left(self._spooled, start), bisect_left(self._spooled, end)
+                frames.value[self._spooled[low:high]] = waiting
             for body, readings in frames.bodies(start, end):
                 spool.append_body(lane, body, readings, at_ms)
                 taken += readings
+        self._done = point
         return taken
 
 
@@ -189,8 +204,11 @@ class Field:
             (self._offline.add if cut else self._offline.discard)(feed.gateway)
             if not cut and any(dead(c) and c.end_ms > now_ms - STEP_MS for c in self._ended(feed.gateway, now_ms)):
                 self._power_up(feed, now_ms)
-        if feed.due(step):
-            self.readings += feed.hand_over(step, self.stream.spool(feed.gateway), now_ms)
+        points = feed.points(step)
+        for number, point in enumerate(points, 1):
+            self.readings += feed.hand_over(point, self.stream.spool(feed.gateway), now_ms)
+            if number < len(points):
+                self.stream.exchange(now_ms)
 
     def _ended(self, gateway: str, now_ms: int) -> list[Cause]:
         return [c for c in self._schedule.around((gateway,), now_ms, now_ms, MINUTE_MS) if c.end_ms <= now_ms]

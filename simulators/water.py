@@ -41,7 +41,7 @@ LOWEST_MPA = 0.02  # what stands in the pipe when the main is open
 EMPTY_MPA = 0.004  # what a dry barrel's sensor says at rest
 BATTERY_NEW_V, BATTERY_OLD_V, BATTERY_LIFE_MS = 3.65, 3.42, 4 * 365 * DAY_MS
 BATTERY_LIMIT_V = 3.2
-AIR_C, AIR_DAY_C, AIR_WANDER_C, AIR_WANDER_MS = 8.0, 3.0, 2.0, 6 * HOUR_MS  # a mild winter: frost is a cause
+AIR_C, AIR_DAY_C, AIR_WANDER_C, AIR_WANDER_MS = 9.0, 3.0, 1.0, 6 * HOUR_MS  # a mild winter: frost is a cause
 
 # A battery device's own limits: what makes it speak at once. [U] typical alarm settings of such devices.
 LIMIT_LOW_MPA, LIMIT_HIGH_MPA, LIMIT_STEP_MPA, LIMIT_V, LIMIT_C = 0.15, 0.45, 0.05, 3.25, 1.0
@@ -267,14 +267,22 @@ class Hydrants:
         )
         state, values = self._measure(numbers[device], at, (cause,))
         pressure, battery, temperature = values[:, 0], values[:, 2], values[:, 3]
-        passed = (pressure > LIMIT_HIGH_MPA) | (battery < LIMIT_V) | (temperature < LIMIT_C) | state.active
-        passed |= ~self._dry[numbers[device]] & (pressure < LIMIT_LOW_MPA)
-        passed |= (state.cap_open > 0) | (state.water_present > 0)
+        passed = np.stack(
+            (
+                ~self._dry[numbers[device]] & (pressure < LIMIT_LOW_MPA),
+                pressure > LIMIT_HIGH_MPA,
+                battery < LIMIT_V,
+                temperature < LIMIT_C,
+                state.tilt_deg > ACTIVE_TILT_DEG,
+                state.cap_open > 0,
+                state.water_present > 0,
+            )
+        )
         said_device, said_at = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for place, number in enumerate(numbers.tolist()):
             rows = np.flatnonzero(device == place)
             step = np.abs(np.diff(pressure[rows], prepend=pressure[rows[:1]])) >= LIMIT_STEP_MPA
-            minutes = lively(passed[rows], step)
+            minutes = lively(passed[:, rows], step)
             said_device.append(np.full(len(minutes), number))
             said_at.append(at[rows][minutes])
         return np.concatenate(said_device), np.concatenate(said_at)
@@ -322,19 +330,21 @@ def _spoken(devices: Sequence[Device], lane: Lane) -> Bools:
 
 
 def lively(passed: Bools, step: Bools) -> I64:
-    """Return the minutes that a battery device reports, given in which its limits are passed, or pressure stepped.
+    """Return the minutes that a battery device reports, given in which each limit is passed, or pressure stepped.
 
-    The minute before it noticed, each minute until all is normal or half an hour is over, and the first normal one.
+    For each: the minute before it noticed, each minute until it is normal or half an hour over, and the first normal
+    one. passed: [limits, minutes].
     """
-    calls = passed.copy()
+    stepped = np.zeros(len(step), bool)
     for minute in np.flatnonzero(step).tolist():
-        calls[minute : minute + STEP_MINUTES] = True
-    edges = np.diff(calls.astype(np.int8), prepend=0, append=0)
+        stepped[minute : minute + STEP_MINUTES] = True
     found: set[int] = set()
-    for start, end in zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist(), strict=True):
-        found.update(range(start - 1, min(end, start + LIVELY_MINUTES)))
-        found.add(end)
-    return np.array(sorted(minute for minute in found if 0 <= minute < len(passed)), np.int64)
+    for calls in (*passed, stepped):
+        edges = np.diff(calls.astype(np.int8), prepend=0, append=0)
+        for start, end in zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist(), strict=True):
+            found.update(range(start - 1, min(end, start + LIVELY_MINUTES)))
+            found.add(end)
+    return np.array(sorted(minute for minute in found if 0 <= minute < len(step)), np.int64)
 
 
 IMPACT_OVER_MS, STROKE_OVER_MS = 5 * SECOND_MS, 2 * SECOND_MS
