@@ -72,16 +72,16 @@ def _care(name: str, at: str, days: tuple[float, float], minutes: tuple[float, f
 # Wide and long causes are placed first. Rates are far above a real district's: days must mean something in statistics.
 # (a day in the zone, a day in the reference district), (shortest, longest in minutes)
 KINDS = (
-    _care("gateway_offline", "gateway", (2, 1.5), (10, 60), "gateway_offline", "sensor-ops"),
+    _care("gateway_offline", "gateway", (2, 1.5), (4, 60), "gateway_offline", "sensor-ops"),
     _care("stuck_sensor", "hydrant", (0, 0.8), (480, 720), "sensor_stuck", "sensor-ops",
           needs=("pressure_mpa",), without="dry_barrel", warm_reports=4),
     _alike("drift", "hydrant", (0, 1), (1440, 4320), needs=("pressure_mpa",), without="dry_barrel"),
     _care("sensor_jump", "hydrant", (0, 1), (120, 360), "sensor_faulty", "sensor-ops",
           needs=("pressure_mpa",), without="dry_barrel", warm_reports=14),
-    _care("device_dead", "hydrant", (0, 0.7), (20, 90), "device_offline", "sensor-ops"),
-    _care("device_dead", "elevator", (1, 0.6), (20, 90), "device_offline", "sensor-ops"),
-    _care("device_dead", "camera", (0, 0.6), (20, 90), "device_offline", "camera-ops"),
-    _care("device_dead", "pump_room", (0, 0.3), (20, 90), "device_offline", "sensor-ops"),
+    _care("device_dead", "hydrant", (0, 0.7), (12, 90), "device_offline", "sensor-ops"),
+    _care("device_dead", "elevator", (1, 0.6), (12, 90), "device_offline", "sensor-ops"),
+    _care("device_dead", "camera", (0, 0.6), (12, 90), "device_offline", "camera-ops"),
+    _care("device_dead", "pump_room", (0, 0.3), (12, 90), "device_offline", "sensor-ops"),
     _case("mains_burst", "hydrant", (3, 3), (40, 120), "water_main_burst", "water", wide="zone",
           needs=("pressure_mpa",), without="dry_barrel"),
     _case("pump_failure", "pump_room", (0, 1.2), (30, 90), "pump_failure", "pump-ops", wide="zone"),
@@ -93,21 +93,21 @@ KINDS = (
     _case("freezing", "hydrant", (0, 1.5), (150, 400), "hydrant_frozen", "water",
           needs=("temperature_c", "pressure_mpa"), without="dry_barrel"),
     _alike("frost", "hydrant", (0, 2), (150, 400), needs=("temperature_c",)),
-    _case("slow_leak", "hydrant", (0, 2), (150, 400), "hydrant_leak", "water", needs=("water_present",)),
+    _case("slow_leak", "hydrant", (0, 2), (80, 400), "hydrant_leak", "water", needs=("water_present",)),
     _case("rough_ride", "elevator", (0, 2), (180, 300), "elevator_vibration", "lift-maintenance",
           needs=("vibration_rms_g",), hours=(7, 17), after=120),
-    _case("machine_room_hot", "elevator", (0, 2), (90, 240), "elevator_hot", "lift-maintenance",
+    _case("machine_room_hot", "elevator", (0, 2), (75, 240), "elevator_hot", "lift-maintenance",
           needs=("temperature_c",)),
-    _care("camera_lost", "camera", (0, 1.2), (30, 180), "camera_care", "camera-ops", needs=("signal",)),
-    _care("camera_frozen", "camera", (0, 1.2), (100, 240), "camera_care", "camera-ops", needs=("motion",)),
-    _care("camera_dirty", "camera", (0, 1.2), (100, 300), "camera_care", "camera-ops", needs=("sharpness",)),
-    _care("camera_dark", "camera", (0, 1.2), (100, 240), "camera_care", "camera-ops", needs=("brightness",)),
-    _care("camera_moved", "camera", (0, 1.2), (100, 300), "camera_care", "camera-ops", needs=("view_shift",)),
+    _care("camera_lost", "camera", (0, 1.2), (8, 180), "camera_care", "camera-ops", needs=("signal",)),
+    _care("camera_frozen", "camera", (0, 1.2), (40, 240), "camera_care", "camera-ops", needs=("motion",)),
+    _care("camera_dirty", "camera", (0, 1.2), (50, 300), "camera_care", "camera-ops", needs=("sharpness",)),
+    _care("camera_dark", "camera", (0, 1.2), (50, 240), "camera_care", "camera-ops", needs=("brightness",)),
+    _care("camera_moved", "camera", (0, 1.2), (50, 300), "camera_care", "camera-ops", needs=("view_shift",)),
     _alike("night", "camera", (0, 2), (120, 300), needs=("brightness",), hours=(20, 24)),
     _case("knocked_over", "hydrant", (4, 3), (60, 180), "hydrant_damaged", "water", needs=("tilt_deg",)),
     _case("low_pressure", "hydrant", (5, 3), (20, 120), "hydrant_no_pressure", "water", needs=("pressure_mpa",),
           without="dry_barrel"),
-    _case("illegal_use", "hydrant", (6, 4), (1, 20), "hydrant_illegal_use", "water", needs=("cap_open",)),
+    _case("illegal_use", "hydrant", (6, 4), (0.6, 20), "hydrant_illegal_use", "water", needs=("cap_open",)),
     _alike("authorised_use", "hydrant", (5, 5), (5, 20), needs=("cap_open",)),
     _alike("sprinkler_lorry", "hydrant", (1, 3), (5, 15), needs=("cap_open",)),
     _alike("draining", "hydrant", (0, 3), (8, 23), needs=("water_present",)),
@@ -119,28 +119,28 @@ KINDS = (
     _alike("missed_reports", "hydrant", (1, 2), (1.5, 3), needs=("pressure_mpa",)),
     _alike("missed_reports", "camera", (0, 1), (1.5, 3)),
     _alike("missed_reports", "elevator", (0, 1), (1.5, 3)),
-    _case("pump_room_flood", "pump_room", (0, 1.5), (45, 150), "pump_room_flooded", "pump-ops", needs=("level_m",)),
+    _case("pump_room_flood", "pump_room", (0, 1.5), (40, 150), "pump_room_flooded", "pump-ops", needs=("level_m",)),
     _case("trapped", "elevator", (5, 4), (15, 40), "elevator_trapped", "lift-rescue", due="rescue"),
     _case("door_failure", "elevator", (5, 3), (12, 25), "elevator_door_failure", "lift-maintenance",
           needs=("fault_code",)),
     _case("unintended_movement", "elevator", (1, 1.5), (15, 60), "elevator_dangerous", "lift-maintenance",
           needs=("fault_code",)),
-    _case("lift_fault", "elevator", (1, 2), (30, 120), "elevator_fault", "lift-maintenance", needs=("fault_code",)),
+    _case("lift_fault", "elevator", (1, 2), (6, 120), "elevator_fault", "lift-maintenance", needs=("fault_code",)),
     _alike("inspection", "elevator", (4, 4), (20, 45), needs=("service_mode",)),
     _alike("lift_maintenance", "elevator", (1, 3), (30, 90)),
     _alike("button_play", "elevator", (1, 4), (1, 2), needs=("fault_code",)),
     _alike("loading", "elevator", (1, 4), (3, 15)),
     _alike("rough_once", "elevator", (1, 3), (1.2, 1.6), needs=("vibration_rms_g",)),
-    _case("exposed_garbage", "camera", (0, 3), (20, 180), "exposed_garbage", "sanitation", needs=("garbage_s",),
+    _case("exposed_garbage", "camera", (0, 3), (12, 180), "exposed_garbage", "sanitation", needs=("garbage_s",),
           hours=(6, 21)),
-    _alike("sweeping", "camera", (0, 4), (0.5, 4), needs=("garbage_s",), hours=(5, 21)),
-    _case("illegal_stall", "camera", (0, 3), (20, 150), "illegal_stall", "urban-order", needs=("stall_s",),
+    _alike("sweeping", "camera", (0, 4), (0.5, 9), needs=("garbage_s",), hours=(5, 21)),
+    _case("illegal_stall", "camera", (0, 3), (12, 150), "illegal_stall", "urban-order", needs=("stall_s",),
           hours=(6, 22)),
-    _alike("short_stop", "camera", (0, 4), (0.5, 3), needs=("stall_s",), hours=(6, 22)),
-    _case("fire_lane_blocked", "camera", (0, 3), (15, 120), "fire_lane_blocked", "urban-order",
+    _alike("short_stop", "camera", (0, 4), (0.5, 9), needs=("stall_s",), hours=(6, 22)),
+    _case("fire_lane_blocked", "camera", (0, 3), (7, 120), "fire_lane_blocked", "urban-order",
           needs=("lane_blocked_s",)),
-    _alike("lorry", "camera", (0, 5), (0.5, 2.5), needs=("lane_blocked_s",), hours=(5, 22)),
-    _case("crowd", "camera", (0, 2), (15, 60), "crowd", "urban-order", needs=("crowd",), hours=(9, 22)),
+    _alike("lorry", "camera", (0, 5), (0.5, 4.5), needs=("lane_blocked_s",), hours=(5, 22)),
+    _case("crowd", "camera", (0, 2), (8, 60), "crowd", "urban-order", needs=("crowd",), hours=(9, 22)),
 )  # fmt: skip
 KIND = {kind.name: kind for kind in reversed(KINDS)}  # by name; of those with several the first
 BY_PERMIT = {  # what is entered in a register before, for which rule
@@ -279,8 +279,8 @@ def make(dice: random.Random, district: District, kind: str, span: tuple[int, in
 
 
 RANGES: dict[str, dict[str, tuple[float, float]]] = {
-    "low_pressure": {"level_mpa": (0.06, 0.125)},
-    "knocked_over": {"tilt_deg": (15, 90), "flow_lps": (0, 20), "dip_mpa": (0.0, 0.04), "flow_s": (300, 1500),
+    "low_pressure": {"level_mpa": (0.05, 0.133)},
+    "knocked_over": {"tilt_deg": (13, 90), "flow_lps": (0, 20), "dip_mpa": (0.0, 0.04), "flow_s": (300, 1500),
                      "impact_g": (4, 40)},
     "bump": {"tilt_deg": (15, 60), "impact_g": (2, 20)},
     "illegal_use": {"flow_lps": (3, 12), "dip_mpa": (0.005, 0.03)},
@@ -292,11 +292,11 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "pump_failure": {"sag_mpa": (0.205, 0.25), "pump_mpa": (0.02, 0.12), "current_share": (0.0, 0.15)},
     "gateway_offline": {"power": (0, 1)},
     "pump_room_flood": {"level_m": (0.18, 0.8), "rise_s": (300, 1200)},
-    "battery_low": {"low_v": (2.95, 3.08)},
-    "cold_battery": {"low_v": (3.0, 3.12), "above_v": (3.26, 3.36), "dip_s": (120, 400), "dips": (0, 1)},
+    "battery_low": {"low_v": (2.9, 3.14)},
+    "cold_battery": {"low_v": (3.0, 3.12), "above_v": (3.23, 3.36), "dip_s": (120, 400), "dips": (0, 1)},
     "freezing": {"low_c": (-14, -3), "rise_mpa": (0.18, 0.5)},
     "frost": {"low_c": (-14, -1)},
-    "water_hammer": {"strokes": (5, 10), "apart_s": (50, 110), "hammer_mpa": (0.35, 0.9)},
+    "water_hammer": {"strokes": (4, 10), "apart_s": (50, 110), "hammer_mpa": (0.35, 0.9)},
     "single_hammer": {"strokes": (1, 2.999), "apart_s": (20, 45), "hammer_mpa": (0.3, 0.9)},
     "drift": {"creep_mpa": (-0.05, 0.05)},
     "sensor_jump": {"jump_mpa": (0.4, 1.1)},
@@ -308,13 +308,13 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "unintended_movement": {"floors": (1, 1)},
     "lift_fault": {"code": (0, 3.999)},
     "button_play": {"rides": (0, 1), "press_s": (2, 6)},
-    "rough_ride": {"vibration_g": (0.13, 0.4)},
+    "rough_ride": {"vibration_g": (0.12, 0.4)},
     "rough_once": {"vibration_g": (0.13, 0.4)},
-    "machine_room_hot": {"hot_c": (43, 55), "rise_s": (600, 1800)},
-    "crowd": {"crowd": (0.82, 0.98)},
-    "camera_dirty": {"sharpness": (0.12, 0.3)},
+    "machine_room_hot": {"hot_c": (41.5, 55), "rise_s": (600, 1800)},
+    "crowd": {"crowd": (0.78, 0.98)},
+    "camera_dirty": {"sharpness": (0.1, 0.34)},
     "camera_dark": {"brightness": (0.0, 0.024)},
-    "camera_moved": {"view_shift": (0.45, 0.95)},
+    "camera_moved": {"view_shift": (0.34, 0.95)},
     "night": {"brightness": (0.045, 0.09)},
     "lorry": {"hides": (0, 1)},
 }  # fmt: skip
@@ -325,15 +325,21 @@ def _strength(dice: random.Random, kind: str) -> dict[str, float]:
 
 
 DEEP_SHARE = 0.5  # of bumps: hit hard, and upright again after seconds
+WEAK_SHARE = 0.25  # of bursts: no hydrant need go dry, but several feel it
 DRY_FALL_MPA = 0.22  # takes even the highest night pressure (0.34) below 0.14 with room for noise
+FELT_FALL_MPA = 0.11  # far above what a pump's step and noise make
 
 
 def _burst(dice: random.Random, district: District, centre: str, members: tuple[str, ...]) -> dict[str, float]:
-    """Draw how many hydrants go dry: from 4 (a weak burst) to two thirds; the fall decays with the pipe between."""
-    depth = dice.uniform(0.265, 0.295)
+    """Draw how deep pressure falls at a burst and how far that reaches; it decays with the pipe between.
+
+    A strong one takes from 4 to two thirds of the zone below 0.14 MPa; a weak one is felt by from 6 to all.
+    """
     found = [district.devices[member] for member in members]
     wet = [device.id for device in found if device.kind == "hydrant" and "dry_barrel" not in device.tags]
-    dry = dice.randint(4, max(2 * len(wet) // 3, 4))
+    weak = dice.random() < WEAK_SHARE
+    depth = dice.uniform(0.14, 0.21) if weak else dice.uniform(0.265, 0.295)
+    reached = dice.randint(min(6, len(wet)), len(wet)) if weak else dice.randint(4, max(2 * len(wet) // 3, 4))
     distances = sorted(district.pipe_m(centre, member) for member in wet)
-    reach_m = max(distances[min(dry, len(distances)) - 1], 1.0) / math.log(depth / DRY_FALL_MPA)
-    return {"depth_mpa": depth, "reach_m": reach_m}
+    fall = FELT_FALL_MPA if weak else DRY_FALL_MPA
+    return {"depth_mpa": depth, "reach_m": max(distances[min(reached, len(distances)) - 1], 1.0) / math.log(depth / fall)}

@@ -31,7 +31,7 @@ PERIOD_MS = 60 * SECOND_MS
 REFRESH_MS = 10 * MINUTE_MS
 BUSY = (0.2, 0.6)  # how much of the traffic of a tall office block a lift has
 NEAR_MS = 5 * MINUTE_MS  # a script begins and ends within this of its cause
-ROOM_C = 16.0  # how much warmer a machine room is than the air
+ROOM_C = (10.0, 24.0)  # how much warmer a machine room is than the air
 
 TELEMETRY = ("floor", "moving", "vibration_rms_g", "current_a", "temperature_c")
 EVENTS = ("occupied", "door_closed", "service_mode", "fault_code")
@@ -74,6 +74,7 @@ class Lifts:
         self._slot_phase_ms: I64 = (draw[:, 2] * SLOT_MS).astype(np.int64)
         self._refresh_ms: I64 = (draw[:, 3] * REFRESH_MS).astype(np.int64)
         self._busy: F64 = BUSY[0] + (BUSY[1] - BUSY[0]) * draw[:, 4]
+        self._room_c: F64 = ROOM_C[0] + (ROOM_C[1] - ROOM_C[0]) * draw[:, 5]
         self._floor_ms: I64 = np.array([trip_ms(int(floors)) for floors in self.floors], np.int64)
         self._scripts: dict[tuple[str, str], Script] = {}
 
@@ -224,7 +225,7 @@ class Lifts:
         wobble = uniforms(self._noise[device], at)
         vibration = np.where(moving, 0.02 + 0.03 * wobble, 0.001 + 0.002 * wobble)
         current = np.where(moving, np.where(up, 14.0, 6.0) + 2.0 * wobble, np.where(powered, 0.5 + 0.2 * wobble, 0.0))
-        heat = ROOM_C + air_c(self._weather[device], at) + wobble
+        heat = self._room_c[device] + air_c(self._weather[device], at) + wobble
         for cause in causes:
             if cause.kind not in ("rough_ride", "rough_once", "machine_room_hot"):
                 continue

@@ -31,7 +31,7 @@ Bools = npt.NDArray[np.bool_]
 STEP_MS = 10 * SECOND_MS
 BLOCK_MS = 30 * MINUTE_MS
 QUIET_STEPS = 6
-LIVELY_MS = 12 * MINUTE_MS  # a gateway counts as quiet this long after a cause, and before
+BEFORE_MS, BEGINS_MS, AFTER_MS = MINUTE_MS, 20 * MINUTE_MS, 6 * MINUTE_MS  # around begin and end of a cause it is lively
 ACTOR = "simulator"
 
 # An operator's cloud [U]: most pushes come at once, some fail and are pulled within a minute or two, a few come late.
@@ -74,10 +74,12 @@ class Feed:
     def block(self, from_ms: int, to_ms: int) -> None:
         """Work out everything that is said in a block; steps are numbered from 0 within it."""
         ends = np.arange(from_ms + STEP_MS, to_ms + STEP_MS, STEP_MS)
-        causes = self._schedule.around(self._subjects, from_ms, to_ms, LIVELY_MS)
+        causes = self._schedule.around(self._subjects, from_ms, to_ms, AFTER_MS)
         lively = np.zeros(len(ends), bool)
         for cause in causes:
-            lively |= (ends > cause.start_ms - LIVELY_MS) & (ends <= cause.end_ms + LIVELY_MS)
+            begins = min(cause.start_ms + BEGINS_MS, cause.end_ms)
+            lively |= (ends > cause.start_ms - BEFORE_MS) & (ends <= begins + AFTER_MS)
+            lively |= (ends > cause.end_ms - BEFORE_MS) & (ends <= cause.end_ms + AFTER_MS)
         cuts = [c for c in causes if c.kind == "gateway_offline"]
         self._cut = [any(c.start_ms <= end < c.end_ms for c in cuts) for end in ends.tolist()]
         self._fill(from_ms, to_ms)
