@@ -21,13 +21,17 @@ FORMAT = 2
 
 
 class Header(msgspec.Struct, frozen=True):
-    """`offset`: the log record that comes next. `faults`: how often (rule, subject) was reported."""
+    """`offset`: the log record that comes next. `ticked_ms`: the latest tick's time.
+
+    `faults`: how often (rule, subject) was reported.
+    """
 
     shard: int
     offset: int
     registry: str
     ruleset: str
     overrides: tuple[Control, ...]
+    ticked_ms: int
     faults: list[tuple[str, str, int]]
     counts: dict[str, int]
     format: int = FORMAT

@@ -13,6 +13,7 @@ from streams.kinds import absence, holding
 from streams.kinds.holding import (
     CLEARING,
     I32,
+    IDLE,
     MAIN,
     OUT,
     RAISED,
@@ -42,6 +43,7 @@ class Watch(Protocol):
     def thaw(self, stored: Stored) -> None: ...
     def adopt(self, mine: I64, old: Watch, theirs: I64, same: Mask) -> None: ...
     def raised(self) -> Mask: ...
+    def change(self, instances: I64, times: Times) -> None: ...
 
 
 def no_mutes() -> Mutes:
@@ -83,6 +85,8 @@ class Conditions:
 
     def run(self, batch: Batch) -> Structured:
         """Move on over a batch; return rows of OUT."""
+        if not len(self.table.rule):
+            return NO_ROWS
         table, verdict = self.table, np.empty(len(batch.t) * self._fan, np.int8)
         kind: Any = table.kind
         compiled(kind.judge)(batch, table.links, table.judged, table.rule, table.numbers, self.memory, verdict)
@@ -140,6 +144,17 @@ class Conditions:
         self.life.ring[mine[both], :width] = before.ring[theirs[both], :width]
         self.life.seen[mine[both]] = before.seen[theirs[both]]
 
+    def change(self, instances: I64, times: Times) -> None:
+        """Begin anew with instances whose parameters changed; what is raised stays raised."""
+        life = self.life
+        phase = life.phase[instances]
+        life.phase[instances] = np.where((phase == RAISED) | (phase == CLEARING), RAISED, IDLE)
+        if len(self.memory):
+            self.memory[instances] = np.zeros(1, self.memory.dtype)
+        if len(life.side):
+            side = life.side[instances]
+            life.seen[side[side >= 0]] = 0
+
     def raised(self) -> Mask:
         return np.asarray((self.life.phase == RAISED) | (self.life.phase == CLEARING))
 
@@ -151,6 +166,7 @@ class Silences:
         self.table = table
         self.mutes = no_mutes()
         self.gateways = Gateways(table.first, np.full(len(table.first) - 1, -1, np.int64))
+        self._of_instance = of_instance
         state = np.zeros(len(table.rule), absence.STATE)
         state["due"] = times.live[of_instance] + table.settings["timeout"][table.rule]
         state["heard"] = -1
@@ -158,6 +174,8 @@ class Silences:
 
     def run(self, batch: Batch) -> Structured:
         """Move on over a batch; return rows of OUT."""
+        if not len(self.table.rule):
+            return NO_ROWS
         out, rows = compiled(absence.silence)(
             batch, self.table.links, self.gateways, self.mutes, self.table.rule, self.table.settings,
             self.state, np.empty(64, OUT),
@@ -178,6 +196,12 @@ class Silences:
         state[mine[same]] = before[same]
         for name in ("heard", "raised"):
             state[name][mine] = before[name]
+
+    def change(self, instances: I64, times: Times) -> None:
+        """Count the silence anew where the time-out changed; what is raised stays raised."""
+        timeout = self.table.settings["timeout"][self.table.rule[instances]]
+        self.state["due"][instances] = times.live[self._of_instance[instances]] + timeout
+        self.gateways.due[:] = -1
 
     def raised(self) -> Mask:
         return np.asarray(self.state["raised"] == 1)
@@ -212,6 +236,9 @@ class Heartbeats:
         """Carry over when they were last heard, and what is raised."""
         assert isinstance(old, Heartbeats)
         self.state[mine] = old.state[theirs]
+
+    def change(self, instances: I64, times: Times) -> None:
+        """Do nothing: when they were last heard is all there is."""
 
     def raised(self) -> Mask:
         return np.asarray(self.state["raised"] == 1)
