@@ -7,43 +7,60 @@ transitions that one value causes is (device, rule), not that number and not the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
+from citybrain.clock import iso
 from citybrain.errors import ConfigError
 from streams.kinds import Kind, absence, holding
-from streams.kinds.holding import I32, MAIN, ONLY_WHILE, UNLESS, Links, Mutes, Structured
+from streams.kinds.holding import I32, MAIN, ONLY_WHILE, U16, UNLESS, Links, Mutes, Structured
 from streams.log import F64, I64, Control
 from streams.registry import Index, Mask
-from streams.ruleset import Rule, RuleSet, Selector, kind_of, problems
+from streams.ruleset import Rule, RuleSet, Selector, kind_of, overridden, problems
 
 DAY_MS = 86_400_000
 NAN = float("nan")
+MAX_RULES = 2**16  # an instance names its rule in 16 bits
 
 
 class Compiled(NamedTuple):
-    """A rule, its kind and parameters, the table its instances stand in, and what must be equal to carry state over."""
+    """A rule, its kind and parameters, the table its instances stand in, and what must be equal to carry state over.
+
+    order: the rule's place in its rule set, which that of its overrides is too.
+    """
 
     rule: Rule
     kind: Kind
     parameters: Any
     table: str
     key: bytes
+    order: int
+
+
+class Variant(NamedTuple):
+    """An override of a rule: the row of its parameters, and for whom until when."""
+
+    row: int
+    order: int
+    select: Selector
+    until_ms: int
 
 
 class Table(NamedTuple):
     """One kind's instances. rule, device: by instance; first: by gateway; links: by series (or gateway).
 
-    settings (delays, count, guards; or the time-out) and judged (what `judge` compares with) have a row per rule.
+    settings (delays, count, guards; or the time-out) and judged (what `judge` compares with) have a row per rule and
+    per override; `rule[i]` is the row that is in force for instance i.
     side: by instance, its place beside the others where its rule has a guard or a count; empty where none has.
     """
 
     name: str
     kind: Kind
-    rule: I32
+    rule: U16
     device: I32
     first: I64
     links: Links
@@ -54,10 +71,15 @@ class Table(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Every rule and table of one rule set on one registry, for one shard."""
+    """Every rule and table of one rule set on one registry, for one shard.
+
+    rules: the rule set's in their order, then what their overrides make of them. orders: by row.
+    """
 
     rules: tuple[Compiled, ...]
     tables: dict[str, Table]
+    variants: tuple[Variant, ...]
+    orders: I64
 
 
 class Feed(NamedTuple):
@@ -78,61 +100,114 @@ def select_devices(select: Selector, index: Index) -> Mask:
     return mask
 
 
-def compile_plan(ruleset: RuleSet, index: Index, shard: int) -> Plan:
-    """Compile; raises ConfigError with the first thing wrong."""
-    rules = compile_rules(ruleset)
+def compile_plan(ruleset: RuleSet, index: Index, shard: int, at_ms: int = 0) -> Plan:
+    """Compile, with the overrides that hold at `at_ms`; raises ConfigError with the first thing wrong."""
+    rules, variants = compile_rules(ruleset)
     shards = np.array([gateway.shard for gateway in index.gateways], np.int32)
     ours = shards[index.device_gateway] == shard if len(shards) else np.zeros(0, np.bool_)
     feeds: dict[str, list[Feed]] = {rule.table: [] for rule in rules if rule.table}
-    for r, rule in enumerate(rules):
+    for rule in rules[: len(ruleset.rules)]:
         if rule.table:
-            feeds[rule.table].append(_feed(r, rule, ours & select_devices(rule.rule.select, index), index))
-    return Plan(rules, {name: _table(name, feeds[name], rules, index) for name in sorted(feeds)})
+            feeds[rule.table].append(_feed(rule, ours & reach(rule, index), index))
+    tables = {name: _table(name, feeds[name], rules, index) for name in sorted(feeds)}
+    plan = Plan(rules, tables, variants, np.array([rule.order for rule in rules], np.int64))
+    for table in tables.values():
+        table.rule[:] = rows_in_force(plan, table, index, at_ms)
+    return plan
 
 
-def _feed(r: int, rule: Compiled, mask: Mask, index: Index) -> Feed:
-    """Return the devices among `mask` that have what the rule judges."""
+def rows_in_force(plan: Plan, table: Table, index: Index, at_ms: int) -> U16:
+    """Return, by instance, the row of its rule, or of the rule's first override that holds for its device then."""
+    order = plan.orders[table.rule]
+    found = order.astype(np.uint16)
+    for variant in reversed(plan.variants):
+        if variant.until_ms > at_ms and plan.rules[variant.row].table == table.name:
+            found[(order == variant.order) & select_devices(variant.select, index)[table.device]] = variant.row
+    return found
+
+
+def reach(rule: Compiled, index: Index) -> Mask:
+    """Return the devices of all shards that a rule selects and that have what it judges."""
+    mask = select_devices(rule.rule.select, index)
     if rule.kind.JUDGES:
-        series = [index.series_having(name) for name in rule.kind.metrics(rule.parameters)]
-        has = [each >= 0 for each in series]
+        has = [index.series_having(name) >= 0 for name in rule.kind.metrics(rule.parameters)]
         enough = getattr(rule.kind, "enough", None)
-        mask &= enough(rule.parameters, has) if enough else np.all(has, axis=0)
-        return Feed(r, _where(mask), tuple(each[mask] for each in series))
-    if rule.table == "absence_platform":
-        return Feed(r, _where(mask & index.is_gateway), ())
-    return Feed(r, _where(mask & (index.telemetry_series > 0)), ())
+        possible: Mask = mask & (enough(rule.parameters, has) if enough else np.all(has, axis=0))
+        return possible
+    return mask & (index.is_gateway if rule.table == "absence_platform" else index.telemetry_series > 0)
 
 
-def _where(mask: Mask) -> I32:
-    return np.flatnonzero(mask).astype(np.int32)
+def _feed(rule: Compiled, mask: Mask, index: Index) -> Feed:
+    names = rule.kind.metrics(rule.parameters) if rule.kind.JUDGES else ()
+    series = tuple(index.series_having(name)[mask] for name in names)
+    return Feed(rule.order, np.flatnonzero(mask).astype(np.int32), series)
 
 
-def compile_rules(ruleset: RuleSet) -> tuple[Compiled, ...]:
-    """Compile every rule; raises ConfigError with the first thing wrong, an id given twice included."""
+def unusual(ruleset: RuleSet, index: Index, at_ms: int) -> Iterator[tuple[str, str, str]]:
+    """Yield (rule id, field, what) where a valid rule set is probably not what was meant."""
+    rules, variants = compile_rules(ruleset)
+    kinds, _ = index.label("kind")
+    for rule in rules[: len(ruleset.rules)]:
+        if not rule.table:
+            continue  # whoever reports names the subject
+        mask = reach(rule, index)
+        if not mask.any():
+            yield rule.rule.id, "select", _reaches_nothing(rule, index)
+        if mask.sum() * 2 > len(mask) and len(np.unique(kinds[mask])) > 1:
+            yield rule.rule.id, "select", f"selects {mask.sum()} of all {len(mask)} devices, of several kinds"
+        for n, variant in enumerate(it for it in variants if it.order == rule.order):
+            if variant.until_ms <= at_ms:
+                yield rule.rule.id, f"overrides[{n}].until", f"is over since {iso(variant.until_ms)}; it does nothing"
+            if not (mask & select_devices(variant.select, index)).any():
+                yield rule.rule.id, f"overrides[{n}].select", "selects none of the rule's devices"
+
+
+def _reaches_nothing(rule: Compiled, index: Index) -> str:
+    selected = int(select_devices(rule.rule.select, index).sum())
+    if not selected:
+        return f"selects none of {len(index.devices)} devices"
+    wanted = ", ".join(rule.kind.metrics(rule.parameters)) if rule.kind.JUDGES else "what it listens to"
+    return f"selects {selected} of {len(index.devices)} devices, and none of them has {wanted}"
+
+
+def compile_rules(ruleset: RuleSet) -> tuple[tuple[Compiled, ...], tuple[Variant, ...]]:
+    """Compile every rule and override; raises ConfigError with the first thing wrong, an id given twice included."""
     names = [rule.id for rule in ruleset.rules]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise ConfigError(f"rule {name} id", "is given twice")
-    return tuple(_compile_rule(rule) for rule in ruleset.rules)
+    rows = [_compile_rule(rule, order) for order, rule in enumerate(ruleset.rules)]
+    variants = []
+    for order, rule in enumerate(ruleset.rules):
+        for override in rule.overrides:
+            variants.append(Variant(len(rows), order, override.select, override.until_ms))
+            rows.append(_compiled(overridden(rule, override), order))
+    if len(rows) > MAX_RULES:
+        raise ConfigError("rule set", f"{len(rows)} rules and overrides; expected at most {MAX_RULES}")
+    return tuple(rows), tuple(variants)
 
 
-def _compile_rule(rule: Rule) -> Compiled:
+def _compile_rule(rule: Rule, order: int) -> Compiled:
     wrong = problems(rule)
     if wrong:
         raise wrong[0]
+    return _compiled(rule, order)
+
+
+def _compiled(rule: Rule, order: int) -> Compiled:
     kind, parameters = kind_of(rule)
     name = str(rule.when["kind"])
     table = "" if name == "reported" else name
     if getattr(parameters, "clock", "") == "platform":
         table = "absence_platform"
-    return Compiled(rule, kind, parameters, table, msgspec.json.encode(rule.when, order="deterministic"))
+    return Compiled(rule, kind, parameters, table, msgspec.json.encode(rule.when, order="deterministic"), order)
 
 
 def _table(name: str, feeds: Sequence[Feed], rules: Sequence[Compiled], index: Index) -> Table:
     """Number the instances by device, first series and rule, so that those of a series and a gateway stand together."""
     kind = rules[feeds[0].rule].kind
     device = np.concatenate([feed.device for feed in feeds])
-    rule = np.repeat(np.array([feed.rule for feed in feeds], np.int32), [len(feed.device) for feed in feeds])
+    rule = np.repeat(np.array([feed.rule for feed in feeds], np.uint16), [len(feed.device) for feed in feeds])
     lead = np.concatenate([_lead(feed) for feed in feeds])
     order = np.argsort(lead.astype(np.int64) * len(rules) + rule)
     device, rule = device[order], rule[order]
@@ -143,7 +218,7 @@ def _table(name: str, feeds: Sequence[Feed], rules: Sequence[Compiled], index: I
     if kind.JUDGES:
         settings, judged, numbers = _judging(name, rules, kind)
         links = _series_links(feeds, place, rules, index)
-        beside = np.array([_has_side(it) for it in rules], np.bool_)[rule]
+        beside = np.isin(rule, [it.order for it in rules if _has_side(it)])  # an override may bring the count
         if beside.any():
             side = np.where(beside, np.cumsum(beside) - 1, -1).astype(np.int32)
     else:
@@ -204,7 +279,9 @@ def _series_links(feeds: Sequence[Feed], place: I32, rules: Sequence[Compiled], 
     key = (series_of.astype(np.int64) * (len(place) + 1) + instance) * 3 + (ONLY_WHILE - roles)
     order = np.argsort(key, kind="stable")
     start = np.searchsorted(series_of[order], np.arange(index.n_series + 1)).astype(np.int32)
-    return Links(start, instance[order], roles[order], terms[order])
+    instance, roles, terms = instance[order], roles[order], terms[order]
+    plain = len(parts) == len(feeds) and bool((instance == np.arange(len(instance))).all())
+    return Links(start, instance, roles, terms, plain)
 
 
 def _telemetry_links(device: I32, index: Index) -> Links:
@@ -224,7 +301,7 @@ def _gateway_links(device: I32, index: Index) -> Links:
 
 def _all_main(start: I64, instance: I64) -> Links:
     zeros = np.zeros(len(instance), np.int8)
-    return Links(start.astype(np.int32), instance.astype(np.int32), zeros, zeros)
+    return Links(start.astype(np.int32), instance.astype(np.int32), zeros, zeros, False)
 
 
 def compile_mutes(overrides: Sequence[Control], table: Table, plan: Plan, index: Index) -> Mutes:

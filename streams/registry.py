@@ -56,7 +56,6 @@ class Index:
         number = self.gateway_index
         self.devices = tuple(sorted(registry.devices, key=lambda d: (number[d.gateway], d.id)))
         self.device_index = {device.id: index for index, device in enumerate(self.devices)}
-        self.wire_index = {device.wire_id: index for index, device in enumerate(self.devices)}  # by what the wire says
         count = len(self.devices)
         self.device_gateway = np.fromiter((number[d.gateway] for d in self.devices), np.int32, count)
         self.is_gateway = np.fromiter((d.id in number for d in self.devices), np.bool_, count)
@@ -69,6 +68,11 @@ class Index:
         place = np.arange(len(self.series_device)) - np.repeat(np.cumsum(each) - each, each)
         self.series_lane = (place >= self.telemetry_series[self.series_device]).astype(np.int8)
         self._labels: dict[str, tuple[I32, dict[Any, int]]] = {}
+
+    @cached_property
+    def wire_index(self) -> dict[str, int]:
+        """Device number by what the wire calls it."""
+        return {device.wire_id: index for index, device in enumerate(self.devices)}
 
     @cached_property
     def series_of(self) -> I32:
@@ -84,13 +88,19 @@ class Index:
         found[self.series_device[series]] = series
         return found
 
+    def series_of_gateway(self, number: int) -> slice:
+        """Return which series are a gateway's; they stand together."""
+        devices = np.searchsorted(self.device_gateway, [number, number + 1])
+        low, high = np.searchsorted(self.series_device, devices)
+        return slice(int(low), int(high))
+
     def having(self, field: str, wanted: str) -> Mask:
         """Return, by device, whether its field (one of FIELDS) has this value."""
         if field == "device":
             mask = np.zeros(len(self.devices), np.bool_)
             mask[[self.device_index[wanted]] if wanted in self.device_index else []] = True
             return mask
-        codes, names = self._label(field)
+        codes, names = self.label(field)
         if field == "tag":
             return np.isin(codes, [code for tags, code in names.items() if wanted in tags])
         return np.asarray(codes == names.get(wanted, -1))
@@ -102,7 +112,7 @@ class Index:
         field, _, code = subject.partition(":")
         return np.flatnonzero(self.having(field, code)) if field in AREAS and code else np.zeros(0, np.int64)
 
-    def _label(self, field: str) -> tuple[I32, dict[Any, int]]:
+    def label(self, field: str) -> tuple[I32, dict[Any, int]]:
         """Return the field's values as numbers by device, and which value has which number."""
         if field not in self._labels:
             cells = {cell.code: cell for cell in self.registry.cells}

@@ -14,7 +14,7 @@ import numpy as np
 
 from citybrain.config import Duration, duration_text
 from citybrain.model import Evidence
-from streams.kinds.holding import I32, NEVER, Batch, Gateways, Links, Mutes, Structured
+from streams.kinds.holding import NEVER, U16, Batch, Gateways, Links, Mutes, Structured
 from streams.log import I64
 
 JUDGES = False
@@ -38,7 +38,7 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Watched(NamedTuple):
-    """Log records in order: 1 a frame of `gateway` received `at`, 2 a tick `at` with the platform up since `up`."""
+    """Log records in order: 1 a frame of `gateway` received `at`, 2 a tick `at`, the platform up since `up`, 0 none."""
 
     kind: I64
     gateway: I64
@@ -62,7 +62,7 @@ def limit(parameters: Parameters, *, raised: bool) -> float | None:
 
 
 def silence(
-    batch: Batch, links: Links, gateways: Gateways, mutes: Mutes, rule: I32, settings: Structured, state: Structured,
+    batch: Batch, links: Links, gateways: Gateways, mutes: Mutes, rule: U16, settings: Structured, state: Structured,
     out: Structured,
 ) -> tuple[Structured, int]:  # fmt: skip
     """Carry every device's absence over the batch; return (out, rows used). A raise's `at` is when it was too long."""
@@ -71,7 +71,7 @@ def silence(
         if batch.used[p] == 0:
             continue
         series, t, live, stream = batch.series[p], batch.t[p], batch.live[p], batch.stream[p]
-        gateway = gateways.of_series[series]
+        gateway = batch.gateway[p]
         base, low = gateways.first[gateway], links.start[series]
         own = links.start[series + 1] - low
         scanned = 0
@@ -113,11 +113,13 @@ def silence(
 
 
 def watch(
-    records: Watched, links: Links, mutes: Mutes, rule: I32, settings: Structured, state: Structured, out: Structured
+    records: Watched, links: Links, mutes: Mutes, rule: U16, settings: Structured, state: Structured, out: Structured
 ) -> tuple[Structured, int]:
     """Carry every gateway's absence over the records; return (out, rows used). `links` is indexed by gateway."""
     rows = 0
     for p in range(len(records.kind)):
+        if records.kind[p] == 0:
+            continue
         frame = records.kind[p] == 1
         low = links.start[records.gateway[p]] if frame else 0
         high = links.start[records.gateway[p] + 1] if frame else len(state)

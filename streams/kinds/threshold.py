@@ -13,7 +13,7 @@ import numpy as np
 from citybrain.config import Duration, duration_text
 from citybrain.model import Evidence
 from citybrain.units import METRICS
-from streams.kinds.holding import I8, I32, MAIN, Batch, Count, Links, Structured, count_problems
+from streams.kinds.holding import I8, MAIN, U16, Batch, Count, Links, Structured, count_problems
 from streams.log import F64
 
 JUDGES = True
@@ -75,17 +75,18 @@ def limit(parameters: Parameters, *, raised: bool) -> float | None:
 
 
 def judge(
-    batch: Batch, links: Links, table: Structured, rule: I32, numbers: F64, memory: Structured, verdict: I8
+    batch: Batch, links: Links, table: Structured, rule: U16, numbers: F64, memory: Structured, verdict: I8
 ) -> None:
     """Write into `verdict`, for every used value and instance it feeds: begins +1, ends -1, neither 0."""
     judged = 0
+    plain = links.plain
     for p in range(len(batch.t)):
         if batch.used[p] == 0:
             continue
         series, value = batch.series[p], batch.value[p]
         for entry in range(links.start[series], links.start[series + 1]):
-            if links.role[entry] == MAIN:
-                own = table[rule[links.instance[entry]]]
+            if plain or links.role[entry] == MAIN:
+                own = table[rule[entry if plain else links.instance[entry]]]
                 begins = own.sign * value > own.sign * own.limit
                 ends = own.sign * value <= own.sign * own.back
                 verdict[judged] = 1 if begins else -1 if ends else 0
