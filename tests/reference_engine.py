@@ -177,6 +177,7 @@ class Reference:
                 continue
             it.when = when
             it.phase, it.deadline, it.began = ("raised" if it.phase in ("raised", "clearing") else "idle"), None, []
+            self._recall(it)
             if it.kind == "absence":
                 it.due = self.live.get(it.device.gateway, 0) + it.ms("timeout")
 
@@ -186,6 +187,7 @@ class Reference:
             new.due = self.live.get(new.device.gateway, 0) + new.ms("timeout")
         if new.kind == "absence_platform":
             new.heard = self.record.received_at
+        self._recall(new)
         if old is None:
             return new
         if old.when == new.when:
@@ -195,6 +197,13 @@ class Reference:
         if old.phase in ("raised", "clearing"):
             new.phase, new.since, new.value = "raised", old.since, old.value
         return new
+
+    def _recall(self, it: Instance) -> None:
+        """A memory that is new begins with the last values."""
+        it.memory = {}
+        for metric in it.metrics if it.kind in JUDGES else ():
+            if (it.device.id, metric) in self.last:
+                JUDGES[it.kind](it, metric, *self.last[it.device.id, metric])
 
     def _fault(self, control: Control) -> None:
         ready = self.registry is not None and self.rules is not None
