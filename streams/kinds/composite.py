@@ -181,7 +181,7 @@ def judge(
                 continue
             i, term = links.instance[entry], links.term[entry]
             own, m = table[rule[i]], memory[i]
-            met, stale = 0, 0
+            met, stale, latest = 0, 0, t
             for c in range(own.conditions):
                 at = own.base + c * WIDTH
                 sign = numbers[at + SIGN]
@@ -198,13 +198,15 @@ def judge(
                     elif sign * value <= sign * numbers[at + BACK]:
                         state = UNMET
                     m.state[c], m.at[c] = state, t
+                latest = max(latest, m.at[c])
                 fresh = numbers[at + FRESH]
                 if m.state[c] == UNTOLD or (fresh > 0 and t - m.at[c] > fresh):
                     met += numbers[at + ASSUMED] == 1
                     stale += m.state[c] == MET and numbers[at + ASSUMED] == 0
                 else:
                     met += m.state[c] == MET
-            verdict[judged] = 1 if met >= own.needed else 0 if met + stale >= own.needed else -1
+            begins = met >= own.needed and t >= latest
+            verdict[judged] = 1 if begins else 0 if met + stale >= own.needed else -1
             judged += 1
 
 
