@@ -205,6 +205,7 @@ def _build_zone(seed: int) -> District:
         {f"bld-{index + 1:02d}": floors for index, floors in enumerate(FLOORS_IN_BUILDING)},
         {cell.code: cell for cell in cells},
         metres,
+        behind=grouped([device for device, _ in placed], "gateway"),
         pipes={zone: _pipe_distances(members, metres) for zone, members in zones.items()},
         boxes=_boxes(),
         zone_cells={zone: tuple(cell.code for cell in cells if zone_of[cell.grid] == zone) for zone in zones},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import shapely
 from citybrain import cli
 from citybrain.model import Area, Cell, Device, Gateway, Place, Road, Unit
 from simulators.district import District, build
-from simulators.export import export
+from simulators.export import contents, export
 from simulators.world.sheets import ASSET_HEADER, KINDS, UNIT_HEADER
 
 SQUARE_DEGREE_M2 = 111_320.0**2 * 0.855364  # at 31.2 degrees north
@@ -213,6 +214,21 @@ def test_exporting_again_replaces_the_files_and_leaves_others(tmp_path: Path) ->
     assert (tmp_path / "assets.csv").read_bytes() != before
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_one_seed_gives_the_same_bytes_whenever_it_is_exported(district: District, folder: Path) -> None:
+    dated = [path for path in folder.rglob("*") if path.suffix in (".xlsx", ".dbf")]
+    assert len(dated) == 8
+    again = dict(contents(build(11, "reference")))
+    for path in folder.rglob("*.*"):
+        assert again[str(path.relative_to(folder))] == path.read_bytes(), path
+    book = zipfile.ZipFile(folder / "assets.xlsx")
+    assert {part.date_time[0] for part in book.infolist()} == {1980}
+    assert b"2000-01-01T00:00:00Z" in book.read("docProps/core.xml")
+    with shapefile.Reader(str(folder / "shapefile" / "roads")) as reader:
+        assert reader.dbf is not None
+        reader.dbf.seek(1)
+        assert reader.dbf.read(3) == bytes((100, 1, 1))
 
 
 def test_an_export_onto_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,13 @@ def test_clouds_carry_the_battery_hydrants_and_shards_are_balanced(district: Dis
     assert max(devices_of.values()) < 1.2 * min(devices_of.values())
 
 
+def test_a_gateway_knows_what_speaks_through_it(district: District) -> None:
+    served = [name for gateway in district.registry.gateways for name in district.of_gateway(gateway.id)]
+    assert sorted(served) == sorted(d.id for d in district.registry.devices if d.kind != "gateway")
+    assert all(district.devices[name].gateway == "gw-07" for name in district.of_gateway("gw-07"))
+    assert district.of_gateway("gw-99") == ()
+
+
 def test_pipes_join_the_hydrants_of_a_zone_and_no_others(district: District) -> None:
     for zone, members in district.zones.items():
         ways = district.pipes[zone]

@@ -27,9 +27,10 @@ CELL_M = 100.0
 class District(msgspec.Struct, frozen=True):
     """A district ready to be provisioned and simulated. `metres` are (east, north) of each device from the origin.
 
-    zones: the hydrants of each pressure zone; its pump room, if it has one, stands in `pump_rooms`. pipes: of each
-    zone, how far its hydrants are from each other along the pipes (m), rows and columns as in `zones`. boxes: the
-    outline of each cell. zone_cells: the cells a zone supplies. lines: the centre line of each road.
+    zones: the hydrants of each pressure zone; its pump room, if it has one, stands in `pump_rooms`. behind: the devices
+    of each gateway, without itself. pipes: of each zone, how far its hydrants are from each other along the pipes (m),
+    rows and columns as in `zones`. boxes: the outline of each cell. zone_cells: the cells a zone supplies. lines: the
+    centre line of each road.
     """
 
     seed: int
@@ -40,6 +41,7 @@ class District(msgspec.Struct, frozen=True):
     floors: dict[str, int]
     cells: dict[str, Cell]
     metres: dict[str, Metres]
+    behind: dict[str, tuple[str, ...]]
     pipes: dict[str, NDArray[np.float64]]
     boxes: dict[str, Box]
     zone_cells: dict[str, tuple[str, ...]]
@@ -49,7 +51,7 @@ class District(msgspec.Struct, frozen=True):
 
     def of_gateway(self, gateway: str) -> tuple[str, ...]:
         """Return the ids of the devices behind a gateway, without the gateway itself."""
-        return tuple(d.id for d in self.registry.devices if d.gateway == gateway and d.kind != "gateway")
+        return self.behind.get(gateway, ())
 
     def distance_m(self, one: str, other: str) -> float:
         """Return how far two devices stand from each other, in metres."""

@@ -27,6 +27,7 @@ PRJ = (
     'GEOGCS["GCS_China_Geodetic_Coordinate_System_2000",DATUM["D_China_2000",SPHEROID["CGCS2000",6378137.0,'
     '298.257222101]],PRIMEM["Greenwich",0.0],UNIT["Degree",0.0174532925199433]]'
 )
+DBF_DATE = bytes((100, 1, 1))  # 2000-01-01 in place of today, so that one seed gives the same bytes
 TEXT_BYTES = 100  # of a text field in a .dbf: UTF-8, three bytes a Chinese character
 
 
@@ -69,7 +70,7 @@ def shapefiles(features: Sequence[Feature]) -> dict[str, bytes]:
     return {
         ".shp": shp.getvalue(),
         ".shx": shx.getvalue(),
-        ".dbf": dbf.getvalue(),
+        ".dbf": dbf.getvalue()[:1] + DBF_DATE + dbf.getvalue()[4:],
         ".prj": PRJ.encode(),
         ".cpg": b"UTF-8",
     }

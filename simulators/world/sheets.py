@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+import zipfile
 from collections.abc import Iterable, Sequence
 
 import openpyxl
@@ -40,7 +42,7 @@ def assets_xlsx(devices: Sequence[Device]) -> bytes:
                 sheet.append(list(row))
     file = io.BytesIO()
     book.save(file)
-    return file.getvalue()
+    return _undated(file.getvalue())
 
 
 def assets_csv(devices: Iterable[Device]) -> bytes:
@@ -76,6 +78,18 @@ def asset_row(device: Device) -> Row:
 
 def _place_row(place: Place) -> Row:
     return place.lon, place.lat, CRS, place.address, place.cell, place.road
+
+
+def _undated(workbook: bytes) -> bytes:
+    """Return a workbook without the times at which its parts were written, so that one seed gives the same bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(workbook)) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "docProps/core.xml":
+                content = re.sub(rb"\d{4}-\d\d-\d\dT[\d:.]+Z", b"2000-01-01T00:00:00Z", content)
+            new.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # its usual date is 1980-01-01
+    return file.getvalue()
 
 
 def _bold(sheet: object, text: str) -> object:
