@@ -7,6 +7,9 @@ whose last value is older than `fresh`, is *unknown*:
 - it does not help to begin. Where that would be the dangerous choice (a rescue that waits to hear that the car stands
   still) `unknown: met` turns it round;
 - one that was met when it went stale does not help to end either: silence is no recovery.
+
+Events overtake telemetry, by an hour after an outage, so values of two metrics need not come in order. A value older
+than the last of another condition can end the whole, and never begin it: what it was then says nothing about now.
 """
 
 from __future__ import annotations
