@@ -57,7 +57,10 @@ class Cameras:
         telemetry = Columns(Lane.TELEMETRY, self.names, TELEMETRY, device, at, self._picture(device, at, causes))
         telemetry = telemetry.rows(by_luck(uniforms(self._luck[device], at)))
         events = [event for cause in causes for event in self._scene(cause) if from_ms <= event.at < to_ms]
-        found = [only(telemetry, self._telemetry), only(from_events(Lane.EVENT, self.names, EVENTS, events), self._spoken)]
+        found = [
+            only(telemetry, self._telemetry),
+            only(from_events(Lane.EVENT, self.names, EVENTS, events), self._spoken),
+        ]
         return [self._spared(columns, causes) for columns in found]
 
     def _picture(self, device: I64, at: I64, causes: Sequence[Cause]) -> F64:

@@ -183,7 +183,7 @@ class Permit(msgspec.Struct, frozen=True):
 
 
 def permits(cause: Cause, district: District) -> list[Permit]:
-    """Return what is entered before a cause; nothing for most. A lorry may fill up anywhere in the grid it sprinkles."""
+    """Return what is entered before a cause, if anything; a lorry may fill up anywhere in the grid it sprinkles."""
     rule = BY_PERMIT.get(cause.kind)
     if rule is None:
         return []
@@ -342,4 +342,7 @@ def _burst(dice: random.Random, district: District, centre: str, members: tuple[
     reached = dice.randint(min(6, len(wet)), len(wet)) if weak else dice.randint(4, max(2 * len(wet) // 3, 4))
     distances = sorted(district.pipe_m(centre, member) for member in wet)
     fall = FELT_FALL_MPA if weak else DRY_FALL_MPA
-    return {"depth_mpa": depth, "reach_m": max(distances[min(reached, len(distances)) - 1], 1.0) / math.log(depth / fall)}
+    return {
+        "depth_mpa": depth,
+        "reach_m": max(distances[min(reached, len(distances)) - 1], 1.0) / math.log(depth / fall),
+    }

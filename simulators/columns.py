@@ -8,6 +8,7 @@ reading.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import isnan
 
 import msgspec
 import numpy as np
@@ -49,7 +50,7 @@ def grid(phase_ms: I64, period_ms: int, from_ms: int, to_ms: int) -> tuple[I64, 
     return device, times[device, place]
 
 
-def by_luck(luck: F64, missed: float = MISSED, repeated: float = REPEATED) -> I64:
+def by_luck(luck: F64, missed: float | F64 = MISSED, repeated: float = REPEATED) -> I64:
     """Return the rows that are reported, in order: some are missed, some come twice."""
     times = np.where(luck < missed, 0, np.where(luck > 1.0 - repeated, 2, 1))
     return np.repeat(np.arange(len(luck)), times)
@@ -78,7 +79,7 @@ def only(columns: Columns, spoken: npt.NDArray[np.bool_]) -> Columns:
     """Return what is left where `spoken` [devices, metrics] says which device has which metric."""
     values = np.where(spoken[columns.device], columns.values, np.nan)
     kept = msgspec.structs.replace(columns, values=values)
-    return kept.rows(~np.isnan(values).all(axis=1))
+    return kept.rows(np.flatnonzero((~np.isnan(values)).any(axis=1)))
 
 
 def readings_of(blocks: Sequence[Columns], shift_ms: int = 0) -> list[Emitted]:
@@ -93,7 +94,7 @@ def _readings(block: Columns, shift_ms: int) -> list[Emitted]:
     for device, at, values in zip(
         block.device.tolist(), (block.at + shift_ms).tolist(), block.values.tolist(), strict=True
     ):
-        said = {name: value for name, value in zip(block.metrics, values, strict=True) if value == value}
+        said = {name: value for name, value in zip(block.metrics, values, strict=True) if not isnan(value)}
         found.append((block.lane, Reading(block.names[device], at, said)))
     return found
 

@@ -57,6 +57,35 @@ class Trips(msgspec.Struct, frozen=True, eq=False):
     times: I64
 
 
+class Stands(msgspec.Struct, frozen=True, eq=False):
+    """How lifts stand at some times: floor, moving, (last) going up, powered."""
+
+    device: I64
+    at: I64
+    floor: I64
+    moving: Bools
+    up: Bools
+    powered: Bools
+
+    def take(self, rows: I64) -> Stands:
+        """Return some of them, in this order."""
+        return Stands(
+            self.device[rows], self.at[rows], self.floor[rows], self.moving[rows], self.up[rows], self.powered[rows]
+        )
+
+
+def joined(parts: Sequence[Stands]) -> Stands:
+    """Return all of them, one part behind the other."""
+    return Stands(
+        np.concatenate([part.device for part in parts]),
+        np.concatenate([part.at for part in parts]),
+        np.concatenate([part.floor for part in parts]),
+        np.concatenate([part.moving for part in parts]),
+        np.concatenate([part.up for part in parts]),
+        np.concatenate([part.powered for part in parts]),
+    )
+
+
 class Lifts:
     """The elevators behind one gateway."""
 
@@ -140,13 +169,12 @@ class Lifts:
 
     def _near(self, from_ms: int, to_ms: int, causes: Sequence[Cause]) -> list[tuple[int, Script]]:
         """Return the scripts that are played around [from, to), with their lifts' numbers."""
-        found = []
+        found: list[tuple[int, Script]] = []
         for cause in causes:
             if cause.start_ms - NEAR_MS >= to_ms or cause.end_ms + NEAR_MS <= from_ms:
                 continue
-            for name in cause.subjects:
-                if name in self.index:
-                    found.append((self.index[name], self._script(cause, name)))
+            here = [name for name in cause.subjects if name in self.index]
+            found += [(self.index[name], self._script(cause, name)) for name in here]
         return [(number, play) for number, play in found if play.moments]
 
     def _script(self, cause: Cause, name: str) -> Script:
@@ -171,74 +199,51 @@ class Lifts:
         self, trips: Trips, rides: Bools, from_ms: int, to_ms: int, scripts: Sequence[tuple[int, Script]],
         causes: Sequence[Cause],
     ) -> Columns:  # fmt: skip
-        device, at = grid(self._phase_ms, PERIOD_MS, from_ms, to_ms)
-        floor, moving, up = self._where(trips, rides, device, at)
+        minutes = self._where(trips, rides, *grid(self._phase_ms, PERIOD_MS, from_ms, to_ms))
         lift, column = np.nonzero(rides)
-        go, stop = trips.times[lift, column, GO], trips.times[lift, column, STOP]
         here, there = trips.from_floor[lift, column], trips.to_floor[lift, column]
-        rising = there > here
-        device, at = np.concatenate((device, lift, lift)), np.concatenate((at, go, stop))
-        floor = np.concatenate((floor, here, there))
-        moving = np.concatenate((moving, np.ones(len(lift), bool), np.zeros(len(lift), bool)))
-        up = np.concatenate((up, rising, rising))
-        powered = np.ones(len(at), bool)
+        yes, up = np.ones(len(lift), bool), there > here
+        turns = [
+            Stands(lift, trips.times[lift, column, GO], here, yes, up, yes),
+            Stands(lift, trips.times[lift, column, STOP], there, ~yes, up, yes),
+        ]
+        stands = joined([minutes, *turns])
         for number, play in scripts:
-            self._play(play, np.flatnonzero(device == number), at, floor, moving, up, powered)
-            extra = [m for m in play.turns if from_ms <= m.at < to_ms]
-            device = np.concatenate((device, np.full(len(extra), number)))
-            at = np.concatenate((at, np.array([m.at for m in extra], np.int64)))
-            floor = np.concatenate((floor, np.array([m.floor for m in extra], np.int64)))
-            moving = np.concatenate((moving, np.array([m.moving for m in extra], bool)))
-            up = np.concatenate((up, np.array([m.up for m in extra], bool)))
-            powered = np.concatenate((powered, np.array([m.powered for m in extra], bool)))
-        keep = np.flatnonzero((at >= from_ms) & (at < to_ms))
-        device, at, floor, moving, up, powered = (part[keep] for part in (device, at, floor, moving, up, powered))
-        values = self._values(device, at, floor, moving, up, powered, causes)
-        columns = Columns(Lane.TELEMETRY, self.names, TELEMETRY, device, at, values)
-        columns = columns.rows(np.lexsort((moving, device, at)))
+            _play(play, np.flatnonzero(stands.device == number), stands)
+        stands = joined([stands, *(_turns(number, play) for number, play in scripts)])
+        stands = stands.take(np.flatnonzero((stands.at >= from_ms) & (stands.at < to_ms)))
+        stands = stands.take(np.lexsort((stands.moving, stands.device, stands.at)))
+        columns = Columns(Lane.TELEMETRY, self.names, TELEMETRY, stands.device, stands.at, self._values(stands, causes))
         return columns.rows(by_luck(uniforms(self._luck[columns.device], columns.at)))
 
-    def _where(self, trips: Trips, rides: Bools, device: I64, at: I64) -> tuple[I64, Bools, Bools]:
-        """Return (floor, moving, going up) of lifts at times within the trips' slots."""
+    def _where(self, trips: Trips, rides: Bools, device: I64, at: I64) -> Stands:
+        """Return how lifts stand at times within the trips' slots."""
         column = (at - self._slot_phase_ms[device]) // SLOT_MS - trips.first[device]
         times = trips.times[device, column]
         here, there = trips.from_floor[device, column], trips.to_floor[device, column]
-        rising = there > here
-        ride = rides[device, column]
-        moving = ride & (at >= times[:, GO]) & (at < times[:, STOP])
+        up, ride = there > here, rides[device, column]
+        moving: Bools = ride & (at >= times[:, GO]) & (at < times[:, STOP])
         passed = np.minimum((at - times[:, GO]) // self._floor_ms[device], np.abs(there - here))
-        floor = np.where(moving, here + np.where(rising, passed, -passed), here)
-        return np.where(ride & (at >= times[:, STOP]), there, floor), moving, rising
+        floor = np.where(moving, here + np.where(up, passed, -passed), here)
+        floor = np.where(ride & (at >= times[:, STOP]), there, floor)
+        return Stands(device, at, floor, moving, up, np.ones(len(at), bool))
 
-    def _play(
-        self, play: Script, rows: I64, at: I64, floor: I64, moving: Bools, up: Bools, powered: Bools
-    ) -> None:
-        place = np.searchsorted(play.times, at[rows], side="right") - 1
-        during = (place >= 0) & (at[rows] < play.end)
-        for row, number in zip(rows[during].tolist(), place[during].tolist(), strict=True):
-            moment = play.moments[number]
-            floor[row], moving[row], up[row], powered[row] = moment.floor, moment.moving, moment.up, moment.powered
-
-    def _values(
-        self, device: I64, at: I64, floor: I64, moving: Bools, up: Bools, powered: Bools, causes: Sequence[Cause]
-    ) -> F64:
+    def _values(self, stands: Stands, causes: Sequence[Cause]) -> F64:
+        device, at, moving = stands.device, stands.at, stands.moving
         wobble = uniforms(self._noise[device], at)
         vibration = np.where(moving, 0.02 + 0.03 * wobble, 0.001 + 0.002 * wobble)
-        current = np.where(moving, np.where(up, 14.0, 6.0) + 2.0 * wobble, np.where(powered, 0.5 + 0.2 * wobble, 0.0))
+        idle = np.where(stands.powered, 0.5 + 0.2 * wobble, 0.0)
+        current = np.where(moving, np.where(stands.up, 14.0, 6.0) + 2.0 * wobble, idle)
         heat = self._room_c[device] + air_c(self._weather[device], at) + wobble
         for cause in causes:
-            if cause.kind not in ("rough_ride", "rough_once", "machine_room_hot"):
-                continue
             rows = self._rows(cause, device, at)
             if cause.kind == "machine_room_hot":
                 heat[rows] = _hot(cause, at[rows], heat[rows])
-            else:
+            elif cause.kind in ("rough_ride", "rough_once"):
                 rough = cause.strength["vibration_g"] * (0.9 + 0.2 * wobble[rows])
                 vibration[rows] = np.where(moving[rows], rough, vibration[rows])
-        return np.stack(
-            (floor.astype(float), moving.astype(float), np.round(vibration, 4), np.round(current, 2), np.round(heat, 1)),
-            axis=1,
-        )
+        told = (stands.floor.astype(float), moving.astype(float), np.round(vibration, 4), np.round(current, 2))
+        return np.stack((*told, np.round(heat, 1)), axis=1)
 
     def _rows(self, cause: Cause, device: I64, at: I64) -> I64:
         during = np.flatnonzero((at >= cause.start_ms) & (at < cause.end_ms))
@@ -314,6 +319,27 @@ class Lifts:
         return only(Columns(Lane.EVENT, self.names, EVENTS, device, at, values), self._spoken)
 
 
+def _play(play: Script, rows: I64, stands: Stands) -> None:
+    """Let a script say how its lift stands while it lasts."""
+    for row in rows.tolist():
+        if play.begin <= stands.at[row] < play.end:
+            moment = play.at(int(stands.at[row]))
+            stands.floor[row], stands.moving[row] = moment.floor, moment.moving
+            stands.up[row], stands.powered[row] = moment.up, moment.powered
+
+
+def _turns(number: int, play: Script) -> Stands:
+    moments = play.turns
+    return Stands(
+        np.full(len(moments), number),
+        np.array([moment.at for moment in moments], np.int64),
+        np.array([moment.floor for moment in moments], np.int64),
+        np.array([moment.moving for moment in moments], bool),
+        np.array([moment.up for moment in moments], bool),
+        np.array([moment.powered for moment in moments], bool),
+    )
+
+
 def _told(moment: Moment, code: float | None) -> dict[str, float]:
     said = {"occupied": float(moment.occupied), "door_closed": float(moment.door_closed), "service_mode": moment.mode}
     return said if code is None else said | {"fault_code": code}  # behind its evidence: guards look at what came before
@@ -322,5 +348,3 @@ def _told(moment: Moment, code: float | None) -> dict[str, float]:
 def _hot(cause: Cause, at: I64, usual: F64) -> F64:
     rise = np.minimum((at - cause.start_ms) / (cause.strength["rise_s"] * SECOND_MS), 1.0)
     return np.where(at < cause.end_ms, usual + (cause.strength["hot_c"] - usual) * rise, usual)
-
-

@@ -31,7 +31,11 @@ Bools = npt.NDArray[np.bool_]
 STEP_MS = 10 * SECOND_MS
 BLOCK_MS = 30 * MINUTE_MS
 QUIET_STEPS = 6
-BEFORE_MS, BEGINS_MS, AFTER_MS = MINUTE_MS, 20 * MINUTE_MS, 6 * MINUTE_MS  # around begin and end of a cause it is lively
+BEFORE_MS, BEGINS_MS, AFTER_MS = (
+    MINUTE_MS,
+    20 * MINUTE_MS,
+    6 * MINUTE_MS,
+)  # around begin and end of a cause it is lively
 ACTOR = "simulator"
 
 # An operator's cloud [U]: most pushes come at once, some fail and are pulled within a minute or two, a few come late.

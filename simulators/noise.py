@@ -79,15 +79,16 @@ def bits(of: U64, index: I64) -> U64:
 
 def uniforms(of: U64, index: I64) -> F64:
     """Return numbers in [0, 1)."""
-    return (bits(of, index) >> np.uint64(11)) * 2.0**-53
+    return (bits(of, index) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def normals(of: U64, index: I64) -> F64:
     """Return numbers of mean 0 and deviation 1, within ±3.47."""
-    found = bits(of, index)
+    drawn = bits(of, index)
     low = np.uint64(0xFFFF)
-    total = (found & low) + (found >> np.uint64(16) & low) + (found >> np.uint64(32) & low) + (found >> np.uint64(48))
-    return (total.astype(np.float64) - 131070.0) * _SPREAD
+    total = (drawn & low) + (drawn >> np.uint64(16) & low) + (drawn >> np.uint64(32) & low) + (drawn >> np.uint64(48))
+    found: F64 = (total.astype(np.float64) - 131070.0) * _SPREAD
+    return found
 
 
 def _mixed(number: U64) -> U64:

@@ -78,11 +78,10 @@ class Sensors:
         self._until_ms = OS_FILES.marked(mark) if mark is not None else 0
         self._swaps = dict(swaps or {})
         self._wire = {device.id: device.wire_id for device in devices}
-        of_kind = {kind: [d for d in devices if d.kind == kind] for kind in ("hydrant", "elevator", "camera", "pump_room")}
-        self._hydrants = Hydrants(district, of_kind["hydrant"])
-        self._lifts = Lifts(district, of_kind["elevator"])
-        self._cameras = Cameras(district, of_kind["camera"])
-        self._pumps = Pumps(district, of_kind["pump_room"])
+        self._hydrants = Hydrants(district, [d for d in devices if d.kind == "hydrant"])
+        self._lifts = Lifts(district, [d for d in devices if d.kind == "elevator"])
+        self._cameras = Cameras(district, [d for d in devices if d.kind == "camera"])
+        self._pumps = Pumps(district, [d for d in devices if d.kind == "pump_room"])
         self._groups = [g for g in (self._hydrants, self._lifts, self._cameras, self._pumps) if g.names]
         self._ahead: deque[Emitted] = deque()
         self._ahead_until_ms = 0
@@ -153,7 +152,7 @@ class Sensors:
 
     def _named(self, columns: Columns) -> list[Columns]:
         """Return columns with the names of the wire; where a sensor is replaced, before and after."""
-        if not len(columns.at):
+        if len(columns.at) == 0:
             return []
         swapped = [(number, *self._swaps[name]) for number, name in enumerate(columns.names) if name in self._swaps]
         names = [self._wire[name] for name in columns.names]
@@ -197,5 +196,3 @@ class Vitals:
         self._until_ms = at_ms
         values = {"uptime_s": (at_ms - self._since_ms) / SECOND_MS, "spooled": float(self._spool.spooled())}
         return [(Lane.TELEMETRY, Reading(self._gateway, at_ms, values))]
-
-

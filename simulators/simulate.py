@@ -24,7 +24,7 @@ from gateway.spool import Spool
 from gateway.uplink import Uplink
 from rules.files import library
 from simulators.causes import ANNOUNCED_MS, BY_PERMIT, Cause, permits
-from simulators.district import SIZES, District, build
+from simulators.district import SIZES, District, Size, build
 from simulators.faults import Schedule, truth_of
 from simulators.offline import run_offline
 from simulators.sensors import Sensors, SkewedClock, Vitals
@@ -217,7 +217,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     layout = Layout(args.data)
     run = layout.read_run()
-    size = args.size or ("reference" if args.offline else "zone")
+    size: Size = args.size or ("reference" if args.offline else "zone")
     district = build(run.seed if args.seed is None else args.seed, size)
     if args.export is not None:
         from simulators.export import export  # noqa: PLC0415  maps and workbooks: no simulator that runs needs them

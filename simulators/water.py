@@ -104,7 +104,8 @@ def wander(of: npt.NDArray[np.uint64], at: I64, each_ms: int) -> F64:
 
 def air_c(of: npt.NDArray[np.uint64], at: I64) -> F64:
     """Return the temperature outside: a daily rhythm and weather."""
-    return AIR_C + AIR_DAY_C * _WARMTH[(at + LOCAL_MS) % DAY_MS // MINUTE_MS] + AIR_WANDER_C * wander(of, at, AIR_WANDER_MS)
+    daily = AIR_DAY_C * _WARMTH[(at + LOCAL_MS) % DAY_MS // MINUTE_MS]
+    return AIR_C + daily + AIR_WANDER_C * wander(of, at, AIR_WANDER_MS)
 
 
 def trapezoid(at: I64, start_ms: int, end_ms: int, up_ms: float, down_ms: float) -> F64:
@@ -191,7 +192,7 @@ class Hydrants:
                 rows = self._rows(cause, device, at)
                 pressure[rows] = self._defect(cause, device[rows], at[rows], pressure[rows])
         flow = np.maximum(state.flow_lps * (1 + 0.02 * normals(rest, at)), 0.0) + 0.02 * uniforms(rest, at + 1)
-        values = np.stack(
+        values: F64 = np.stack(
             (
                 np.round(np.maximum(pressure, 0.0), 4),
                 np.round(flow, 3),
@@ -223,7 +224,7 @@ class Hydrants:
         keep[between] = self.state(device[between], at[between] - ACTIVE_MS, causes).active
         telemetry = Columns(Lane.TELEMETRY, self.names, TELEMETRY, device, at, values).rows(keep)
         luck = uniforms(self._luck[telemetry.device], telemetry.at)
-        missed = np.where(self.battery[telemetry.device], BATTERY_MISSED, MISSED)
+        missed: F64 = np.where(self.battery[telemetry.device], BATTERY_MISSED, MISSED)
         telemetry = telemetry.rows(by_luck(luck, missed))
         found = [only(telemetry, self.spoken[Lane.TELEMETRY]), self._events(from_ms, to_ms, causes)]
         return [self._spared(columns, causes) for columns in found]
@@ -300,8 +301,9 @@ class Hydrants:
     def _events(self, from_ms: int, to_ms: int, causes: Sequence[Cause]) -> Columns:
         mains = np.flatnonzero(~self.battery)
         device, at = grid(self._refresh_ms[mains], REFRESH_MS, from_ms, to_ms)
-        times = {(int(t), int(mains[d])): {} for d, t in zip(device.tolist(), at.tolist(), strict=True)}
-        events: dict[tuple[int, int], dict[str, float]] = dict(times)
+        events: dict[tuple[int, int], dict[str, float]] = {
+            key: {} for key in zip(at.tolist(), mains[device].tolist(), strict=True)
+        }
         for cause in causes:
             for number in self.touched(cause):
                 for t, said in moments(cause):
