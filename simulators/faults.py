@@ -30,6 +30,8 @@ DEMO_DENSITY = 5.0  # a visitor wants to see something every few minutes
 DEMO_QUIET_MS = 10 * MINUTE_MS  # the planted causes have the stage until then
 EARLIEST_MS = 5 * MINUTE_MS  # after the start of a block: the first readings are in by then
 WEAK_GATEWAY, WEAK_SHARE = "gw-05", 0.7  # of the zone
+STRONG_MPA = 0.25  # a burst that nobody overlooks
+DEMO_CUT = "gw-05"  # the gateway that loses its line in the demo
 WEEK_MS = 7 * DAY_MS  # a block of a large district
 TRIES = 200
 RIDES = 10  # a lift that nobody rides shakes nobody
@@ -251,22 +253,33 @@ def plan(
 def demo(district: District, seed: int, origin_ms: int) -> list[Cause]:
     """Return the planted causes of a live run, at fixed times after its origin."""
     dice = random.Random(f"{seed}/demo")
+    away = district.of_gateway(DEMO_CUT)
+    zones, buildings = ([groups[name] for name in sorted(groups)] for groups in (district.zones, district.buildings))
+    houses = [lifts for lifts in buildings if len(lifts) > 1 and not set(lifts) & set(away) and _coded(district, lifts)]
 
     def at(kind: str, second: float, minutes: float, group: tuple[str, ...], **strength: float) -> Cause:
         start = origin_ms + round(second * SECOND_MS)
-        cause = make(dice, district, kind, (start, start + round(minutes * MINUTE_MS)), dice.choice(group))
+        able = [name for name in group if suits(KIND[kind], district.devices[name])]
+        cause = make(dice, district, kind, (start, start + round(minutes * MINUTE_MS)), dice.choice(able))
         return msgspec.structs.replace(cause, strength={**cause.strength, **strength})
 
-    cut = at("power_cut_occupied", 120, 12, district.buildings["bld-04"])
+    cut = at("power_cut_occupied", 120, 12, houses[3])
+    burst = at("mains_burst", 70, 40, zones[6])
+    while burst.strength["depth_mpa"] < STRONG_MPA:
+        burst = at("mains_burst", 70, 40, zones[6])
     return [
-        at("trapped", 12, 15, district.buildings["bld-01"], code_s=1.0, button_s=3.0),
-        at("knocked_over", 20, 60, district.zones["zone-03"]),
-        at("illegal_use", 45, 8, district.zones["zone-05"]),
-        at("mains_burst", 70, 40, district.zones["zone-07"]),
+        at("trapped", 12, 15, houses[0], code_s=1.0, button_s=3.0),
+        at("knocked_over", 20, 60, zones[2], tilt_deg=60.0),
+        at("illegal_use", 45, 8, zones[4]),
+        burst,
         msgspec.structs.replace(cut, occupied=cut.subjects[:2]),
-        at("authorised_use", 150, 8, district.zones["zone-02"]),
-        at("gateway_offline", 240, 5, ("gw-05",)),
+        at("authorised_use", 150, 8, zones[1]),
+        at("gateway_offline", 240, 5, (DEMO_CUT,)),
     ]
+
+
+def _coded(district: District, lifts: tuple[str, ...]) -> bool:
+    return all("fault_code" in district.devices[lift].event_metrics for lift in lifts)
 
 
 class Schedule:
@@ -337,5 +350,5 @@ class Schedule:
 
     def offline(self, gateway: str, at_ms: int) -> bool:
         """Return whether a gateway has no uplink at a time."""
-        near = self.around((gateway,), at_ms, at_ms, 0)
+        near = self.around((gateway,), at_ms, at_ms + 1, 0)
         return any(cause.kind == "gateway_offline" and cause.start_ms <= at_ms < cause.end_ms for cause in near)

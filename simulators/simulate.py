@@ -26,6 +26,7 @@ from rules.files import library
 from simulators.causes import ANNOUNCED_MS, BY_PERMIT, Cause, permits
 from simulators.district import SIZES, District, Size, build
 from simulators.faults import Schedule, truth_of
+from simulators.field import is_cloud
 from simulators.offline import run_offline
 from simulators.sensors import Sensors, SkewedClock, Vitals
 from streams.registry import encode_registry
@@ -187,12 +188,12 @@ def live(layout: Layout, run: Run, schedule: Schedule, gateways: Sequence[Gatewa
 
 
 def chosen(district: District, names: Sequence[str]) -> list[Gateway]:
-    """Return the gateways named, all of them where none is; raises UsageError."""
+    """Return the gateways named; where none is, all but the operators' clouds. Raises UsageError."""
     known = {gateway.id: gateway for gateway in district.registry.gateways}
     for name in names:
         if name not in known:
             raise UsageError(f"--gateway {name}: expected one of {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(names or known)]
+    return [known[name] for name in dict.fromkeys(names or (name for name in known if not is_cloud(name)))]
 
 
 def _stop_on_signals() -> threading.Event:

@@ -14,7 +14,8 @@ from citybrain.layout import Layout
 from citybrain.segments import Reader
 from rules.files import library
 from simulators.district import build
-from simulators.faults import KIND, Schedule, read_truth
+from simulators.causes import KINDS
+from simulators.faults import Schedule, read_truth
 from simulators.offline import ORIGIN_MS, LazyFiles, run_offline
 from simulators.score import evaluate, read_orders
 from simulators.sensors import VITALS_MS, Sensors
