@@ -12,8 +12,8 @@ from fastapi import Depends, HTTPException, Request
 from sqlalchemy import Connection, Engine
 
 from api.readings import Latest
-from citybrain.clock import Clock, real_unix_ms
-from citybrain.counters import Counters, Heartbeat, read_heartbeats
+from citybrain.clock import Clock
+from citybrain.counters import Counters, Heartbeat, read_heartbeats, takes_of
 from citybrain.db.store import open_store
 from citybrain.errors import CityBrainError
 from citybrain.layout import Layout, Run
@@ -94,30 +94,48 @@ class Site:
             self._engine.dispose()
 
 
-def not_live(beats: Mapping[str, Heartbeat], now_ms: int | None = None) -> list[str]:
-    """Return, in words, why the run is not live; an empty list when it is. `now_ms` is real time."""
-    now_ms = real_unix_ms() if now_ms is None else now_ms
-    missing = []
-    for name in PIPELINE:
-        beat = beats.get(name)
-        if beat is None:
-            missing.append(f"{name} has not started")
-        elif not beat.live(now_ms):
-            missing.append(f"{name} was last heard {(now_ms - beat.at) / 1000:.0f} s ago")
-        elif not ready(beat):
-            missing.append(f"{name} is not ready ({_why(beat)})")
-    return missing
+def not_live(beats: Mapping[str, Heartbeat], now_ms: int, shards: int) -> list[str]:
+    """Return, in words, why the run is not live; an empty list when it is. `now_ms` is real time.
+
+    Several processes may share the shards of a role: every shard needs one that has it.
+    """
+    missing: dict[str, None] = {}  # in order, each once
+    for role in PIPELINE:
+        for shard in range(shards):
+            beat = in_charge(beats, role, shard, shards)
+            if beat is None:
+                nobody = not any(takes_of(name, shards)[0] == role for name in beats)
+                missing[f"{role} has not started" if nobody else f"no {role} has shard {shard}"] = None
+            elif not beat.live(now_ms):
+                missing[f"{beat.process} was last heard {(now_ms - beat.at) / 1000:.0f} s ago"] = None
+            elif not ready(beat):
+                missing[f"{beat.process} is not ready ({_why(beat)})"] = None
+    return list(missing)
+
+
+def in_charge(beats: Mapping[str, Heartbeat], role: str, shard: int, shards: int) -> Heartbeat | None:
+    """Return the process of a role that has a shard: who was heard last, since a run may divide them anew."""
+    claims = {name: takes_of(name, shards) for name in beats}
+    having = [beats[name] for name, (its, numbers) in claims.items() if its == role and shard in numbers]
+    return max(having, key=lambda beat: beat.at, default=None)
+
+
+def in_force(beats: Mapping[str, Heartbeat], role: str, shards: int) -> list[Heartbeat]:
+    """Return the processes of a role that have its shards now, without those of an earlier division."""
+    found = (in_charge(beats, role, shard, shards) for shard in range(shards))
+    return list({beat.process: beat for beat in found if beat is not None}.values())
 
 
 def ready(beat: Heartbeat) -> bool:
     """Return whether a process does its work: ingest while the broker has it, worker and desk once they measure lag."""
-    if beat.process == "ingest":
+    role, _ = takes_of(beat.process, 0)
+    if role == "ingest":
         return beat.gauges.get("connected", 0.0) >= 1.0
-    return beat.process not in PIPELINE or "lag_s" in beat.gauges
+    return role not in PIPELINE or "lag_s" in beat.gauges
 
 
 def _why(beat: Heartbeat) -> str:
-    return "not connected to the broker" if beat.process == "ingest" else "starting"
+    return "not connected to the broker" if takes_of(beat.process, 0)[0] == "ingest" else "starting"
 
 
 def _site(request: Request) -> Site:

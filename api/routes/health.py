@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from fastapi import APIRouter, Response
 from prometheus_client import CollectorRegistry, generate_latest
@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from sqlalchemy import Connection, func, select
 
 from api.routes import answers, rows
-from api.site import PIPELINE, Here, Problem, Site, not_live, ready
+from api.site import PIPELINE, Here, Problem, Site, in_force, not_live, ready
 from api.status import run_name
 from citybrain.clock import real_unix_ms
 from citybrain.counters import Heartbeat
@@ -29,7 +29,7 @@ PREFIX = "citybrain_"
 def healthz(site: Here, response: Response) -> answers.Health:
     """Return 200 while ingest (with its broker), worker and desk are alive and ready, 503 otherwise."""
     beats, now_ms = site.heartbeats(), real_unix_ms()
-    missing = not_live(beats, now_ms)
+    missing = not_live(beats, now_ms, site.run.shards)
     response.status_code = 503 if missing else 200
     return answers.Health(live=not missing, missing=missing, processes=processes(beats, now_ms))
 
@@ -46,38 +46,42 @@ def metrics(site: Here) -> Response:
 def status(site: Here) -> answers.Status:
     """Return the whole run in one object; it answers also while the run is not live and says why."""
     beats, now_ms = site.heartbeats(), real_unix_ms()
-    missing = not_live(beats, now_ms)
+    missing = not_live(beats, now_ms, site.run.shards)
     counts = database_counts(site)
-    ingest = beats.get("ingest")
     return answers.Status(
         live=not missing,
         missing=missing,
         run=run_name(site.run),
         at=site.clock.now_ms(),
         speed=site.run.clock.speed,
-        readings=ingest.counters.get("readings_total", 0) if ingest else 0,
-        dropped=dropped(beats),
-        lag_s=lag_s(beats),
+        readings=sum(beat.counters.get("readings_total", 0) for beat in ours(beats, site.run.shards, "ingest")),
+        dropped=dropped(ours(beats, site.run.shards)),
+        lag_s=lag_s(ours(beats, site.run.shards)),
         gateways=gateways(site),
         processes=processes(beats, now_ms),
         **counts,
     )
 
 
-def dropped(beats: Mapping[str, Heartbeat]) -> dict[str, int]:
+def ours(beats: Mapping[str, Heartbeat], shards: int, *roles: str) -> list[Heartbeat]:
+    """Return our own processes that have the shards now, of these roles or of all."""
+    return [beat for role in roles or OURS for beat in in_force(beats, role, shards)]
+
+
+def dropped(beats: Iterable[Heartbeat]) -> dict[str, int]:
     """Return what our own processes did not use, by reason."""
     found: dict[str, int] = {}
-    for name in OURS:
-        for key, amount in beats[name].counters.items() if name in beats else ():
+    for beat in beats:
+        for key, amount in beat.counters.items():
             match = _LABELLED.match(key)
             if match and match["name"] == "dropped_total" and amount:
                 found[match["value"]] = found.get(match["value"], 0) + amount
     return dict(sorted(found.items()))
 
 
-def lag_s(beats: Mapping[str, Heartbeat]) -> float:
+def lag_s(beats: Iterable[Heartbeat]) -> float:
     """Return how far the slowest of our processes is behind, in platform seconds."""
-    return round(max((beats[name].gauges.get("lag_s", 0.0) for name in OURS if name in beats), default=0.0), 3)
+    return round(max((beat.gauges.get("lag_s", 0.0) for beat in beats), default=0.0), 3)
 
 
 def processes(beats: Mapping[str, Heartbeat], now_ms: int) -> dict[str, answers.Process]:

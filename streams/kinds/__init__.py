@@ -11,11 +11,16 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from citybrain.model import Evidence
-from streams.kinds import absence, device_code, reported, threshold
+from streams.kinds import absence, composite, device_code, rate, reported, shift, stuck, threshold
 
 
 class Kind(Protocol):
-    """What every kind's module offers. `JUDGES`: it judges single values, and `streams.kinds.holding` does the rest."""
+    """What every kind's module offers. `JUDGES`: it judges single values, and `streams.kinds.holding` does the rest.
+
+    One that judges has `TABLE` and `row` (what a rule compares with), `judge`, and, where its instances remember
+    something, `MEMORY`: a dtype whose zeros are an instance that knows nothing yet. One that judges several metrics has
+    `places` (which field names each) and `enough` (which devices it can hold for, when they lack some).
+    """
 
     JUDGES: bool
     SAMPLE: str
@@ -25,7 +30,7 @@ class Kind(Protocol):
     @property
     def problems(self) -> Callable[[Any], list[tuple[str, str]]]: ...
     @property
-    def metric(self) -> Callable[[Any], str]: ...
+    def metrics(self) -> Callable[[Any], tuple[str, ...]]: ...
     @property
     def limit(self) -> Callable[..., float | None]: ...
     @property
@@ -34,7 +39,11 @@ class Kind(Protocol):
 
 KINDS: dict[str, Kind] = {
     "absence": absence,
+    "composite": composite,
     "device_code": device_code,
+    "rate": rate,
     "reported": reported,
+    "shift": shift,
+    "stuck": stuck,
     "threshold": threshold,
 }
