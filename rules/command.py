@@ -99,7 +99,11 @@ def _activate(args: argparse.Namespace) -> int:
     now_ms = layout.read_run().clock.now_ms()
     Mailbox(layout.mailbox("ingest")).put(make_command("ruleset", args.actor, now_ms, {"content": name}, args.reason))
     active = layout.read_active()
-    doubts = _doubts(check_rules(args.path), active.registry, layout) if active is not None and active.registry else []
+    doubts = (
+        _doubts(check_rules(args.path or LIBRARY), active.registry, layout)
+        if active is not None and active.registry
+        else []
+    )
     emit({"ruleset": name, "rules": len(ruleset.rules), "warnings": doubts}, as_json=args.json)
     return 0
 

@@ -476,11 +476,13 @@ def needed(when: dict[str, Any]) -> int:
 def composite(it: Instance, metric: str, t: int, value: float) -> tuple[bool, bool]:
     """How many conditions are met, and how many would be if the stale ones still were."""
     met = stale = 0
+    latest = t
     for c, condition in enumerate(conditions(it.when)):
         if condition["metric"] == metric:
             before = it.memory.get(f"{c}", (t, False))[1]
             it.memory[f"{c}"] = (t, simple(condition, value, before=before))
         at, holds = it.memory.get(f"{c}", (None, False))
+        latest = max(latest, t if at is None else at)
         fresh = duration_ms(condition["fresh"]) if "fresh" in condition else 0
         if at is None or (fresh and t - at > fresh):
             if condition.get("unknown") == "met":
@@ -489,7 +491,7 @@ def composite(it: Instance, metric: str, t: int, value: float) -> tuple[bool, bo
                 stale += 1
         elif holds:
             met += 1
-    return met >= needed(it.when), met + stale < needed(it.when)
+    return met >= needed(it.when) and t >= latest, met + stale < needed(it.when)
 
 
 def simple(condition: dict[str, Any], value: float, *, before: bool) -> bool:

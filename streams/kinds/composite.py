@@ -7,6 +7,9 @@ whose last value is older than `fresh`, is *unknown*:
 - it does not help to begin. Where that would be the dangerous choice (a rescue that waits to hear that the car stands
   still) `unknown: met` turns it round;
 - one that was met when it went stale does not help to end either: silence is no recovery.
+
+Events overtake telemetry, by an hour after an outage, so values of two metrics need not come in order. A value older
+than the last of another condition can end the whole, and never begin it: what it was then says nothing about now.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import numpy.typing as npt
 from citybrain.config import Duration, duration_text
 from citybrain.model import Evidence
 from citybrain.units import METRICS
-from streams.kinds.holding import I8, I32, MAIN, Batch, Count, Links, Structured, count_problems
+from streams.kinds.holding import I8, MAIN, U16, Batch, Count, Links, Structured, count_problems
 from streams.log import F64
 
 JUDGES = True
@@ -168,7 +171,7 @@ def limit(parameters: Parameters, *, raised: bool) -> float | None:
 
 
 def judge(
-    batch: Batch, links: Links, table: Structured, rule: I32, numbers: F64, memory: Structured, verdict: I8
+    batch: Batch, links: Links, table: Structured, rule: U16, numbers: F64, memory: Structured, verdict: I8
 ) -> None:
     """Write into `verdict`, for every used value and instance it feeds: begins +1, ends -1, neither 0."""
     judged = 0
@@ -181,7 +184,7 @@ def judge(
                 continue
             i, term = links.instance[entry], links.term[entry]
             own, m = table[rule[i]], memory[i]
-            met, stale = 0, 0
+            met, stale, latest = 0, 0, t
             for c in range(own.conditions):
                 at = own.base + c * WIDTH
                 sign = numbers[at + SIGN]
@@ -198,13 +201,15 @@ def judge(
                     elif sign * value <= sign * numbers[at + BACK]:
                         state = UNMET
                     m.state[c], m.at[c] = state, t
+                latest = max(latest, m.at[c])
                 fresh = numbers[at + FRESH]
                 if m.state[c] == UNTOLD or (fresh > 0 and t - m.at[c] > fresh):
                     met += numbers[at + ASSUMED] == 1
                     stale += m.state[c] == MET and numbers[at + ASSUMED] == 0
                 else:
                     met += m.state[c] == MET
-            verdict[judged] = 1 if met >= own.needed else 0 if met + stale >= own.needed else -1
+            begins = met >= own.needed and t >= latest
+            verdict[judged] = 1 if begins else 0 if met + stale >= own.needed else -1
             judged += 1
 
 

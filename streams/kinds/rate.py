@@ -23,7 +23,7 @@ import numpy as np
 from citybrain.config import Duration, duration_text
 from citybrain.model import Evidence
 from citybrain.units import METRICS
-from streams.kinds.holding import I8, I32, MAIN, Batch, Count, Links, Structured, count_problems
+from streams.kinds.holding import I8, MAIN, U16, Batch, Count, Links, Structured, count_problems
 from streams.log import F64
 
 JUDGES = True
@@ -101,7 +101,7 @@ def limit(parameters: Parameters, *, raised: bool) -> float | None:
 
 
 def judge(
-    batch: Batch, links: Links, table: Structured, rule: I32, numbers: F64, memory: Structured, verdict: I8
+    batch: Batch, links: Links, table: Structured, rule: U16, numbers: F64, memory: Structured, verdict: I8
 ) -> None:
     """Write into `verdict`, for every used value and instance it feeds: begins +1, ends -1."""
     judged = 0
