@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from citybrain.model import Cell, Device, Gateway, Place, Registry, Unit
 from simulators.noise import Noise
-from simulators.world.city import CELL_M, DIVISION, Box, District, Metres, Size, degrees, grouped
+from simulators.world.city import CELL_M, DIVISION, SIZES, Box, District, Metres, Size, degrees, grouped
 from simulators.world.reference import build_reference
 
-__all__ = ["DIVISION", "District", "Size", "build"]
+__all__ = ["DIVISION", "SIZES", "District", "Size", "build"]
 
 STREETS = ("001", "002")
 STREET_NAMES = {"001": ("甲浦街道", "Jiapu Street"), "002": ("乙浦街道", "Yipu Street")}
@@ -205,6 +205,7 @@ def _build_zone(seed: int) -> District:
         {f"bld-{index + 1:02d}": floors for index, floors in enumerate(FLOORS_IN_BUILDING)},
         {cell.code: cell for cell in cells},
         metres,
+        behind=grouped([device for device, _ in placed], "gateway"),
         pipes={zone: _pipe_distances(members, metres) for zone, members in zones.items()},
         boxes=_boxes(),
         zone_cells={zone: tuple(cell.code for cell in cells if zone_of[cell.grid] == zone) for zone in zones},

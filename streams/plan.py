@@ -133,7 +133,8 @@ def reach(rule: Compiled, index: Index) -> Mask:
     if rule.kind.JUDGES:
         has = [index.series_having(name) >= 0 for name in rule.kind.metrics(rule.parameters)]
         enough = getattr(rule.kind, "enough", None)
-        return np.asarray(mask & (enough(rule.parameters, has) if enough else np.all(has, axis=0)))
+        possible: Mask = mask & (enough(rule.parameters, has) if enough else np.all(has, axis=0))
+        return possible
     return mask & (index.is_gateway if rule.table == "absence_platform" else index.telemetry_series > 0)
 
 

@@ -8,10 +8,12 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from citybrain.model import Device
 from simulators.district import DIVISION, District, build
-from simulators.world.partition import apportion, connected
+from simulators.world.partition import apportion, connected, split
 from simulators.world.reference import build_reference
 from streams.registry import Index, decode_registry, encode_registry
 
@@ -150,6 +152,13 @@ def test_clouds_carry_the_battery_hydrants_and_shards_are_balanced(district: Dis
     assert max(devices_of.values()) < 1.2 * min(devices_of.values())
 
 
+def test_a_gateway_knows_what_speaks_through_it(district: District) -> None:
+    served = [name for gateway in district.registry.gateways for name in district.of_gateway(gateway.id)]
+    assert sorted(served) == sorted(d.id for d in district.registry.devices if d.kind != "gateway")
+    assert all(district.devices[name].gateway == "gw-07" for name in district.of_gateway("gw-07"))
+    assert district.of_gateway("gw-99") == ()
+
+
 def test_pipes_join_the_hydrants_of_a_zone_and_no_others(district: District) -> None:
     for zone, members in district.zones.items():
         ways = district.pipes[zone]
@@ -245,3 +254,22 @@ def test_shares_are_whole_and_complete(total: int, sizes: list[float]) -> None:
     shares = apportion(total, sizes)
     assert sum(shares) == total
     assert min(shares) >= 1
+
+
+@given(st.integers(3, 20), st.integers(3, 20), st.lists(st.floats(0.5, 2.0), min_size=1, max_size=9))
+def test_a_cut_loses_nothing_and_leaves_connected_parts_of_the_wanted_sizes(
+    across: int, down: int, weights: list[float]
+) -> None:
+    nodes = [(column, row) for row in range(down) for column in range(across)]
+    parts = split(nodes, weights)
+    assert sorted(node for part in parts for node in part) == sorted(nodes)
+    assert all(connected(part) for part in parts)
+    wanted = [len(nodes) * weight / sum(weights) for weight in weights]
+    assert all(abs(len(part) - size) <= 4 for part, size in zip(parts, wanted, strict=True))
+
+
+def test_what_hangs_together_only_at_corners_is_not_connected() -> None:
+    assert connected([(0, 0), (1, 0), (1, 1)])
+    assert not connected([(0, 0), (1, 1)])
+    with pytest.raises(ValueError, match="3 nodes cannot be cut"):
+        split([(0, 0), (1, 1), (2, 2)], [1.0, 1.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -35,42 +36,52 @@ def shard_of(zone: int) -> int:
 def connect(assets: Sequence[Asset], land: Land) -> Wired:
     """Return the assets with their gateways: cloud-0..3, one a shard, for those on battery, a Pi for all others.
 
-    A building or a pump room is never cut in two; the Pis of a shard serve nearly the same number of devices, those of
+    A building is never cut in two; the Pis of a shard serve nearly the same number of devices, those of
     neighbouring zones together.
     """
     gateway_of: dict[str, str] = {}
-    anchors: dict[str, tuple[int, Spot]] = {}
+    cabinets: dict[str, Spot] = {}
     for shard in range(SHARDS):
         mine = [asset for asset in assets if shard_of(asset.zone) == shard]
-        for name, asset in _clouds(shard, mine) + _pis(shard, mine):
-            gateway_of[asset.device.id] = name
-            anchors.setdefault(name, (shard, asset.spot))
+        served = {f"cloud-{shard}": [asset for asset in mine if on_battery(asset)]} | _pis(shard, mine)
+        gateway_of |= {asset.device.id: name for name, group in served.items() for asset in group}
+        cabinets |= {name: _cabinet(group) for name, group in served.items()} | {f"cloud-{shard}": _cabinet(mine)}
     gateways = [
-        Gateway(name, shard, land.place(spot, "云平台接入" if name.startswith("cloud-") else "机柜"))
-        for name, (shard, spot) in sorted(anchors.items())
+        Gateway(
+            name, shard_of(land.zone(spot)), land.place(spot, "云平台接入" if name.startswith("cloud-") else "机柜")
+        )
+        for name, spot in sorted(cabinets.items())
     ]
     devices = [msgspec.structs.replace(asset.device, gateway=gateway_of[asset.device.id]) for asset in assets]
-    metres = {asset.device.id: asset.spot.at for asset in assets} | {
-        name: spot.at for name, (_, spot) in anchors.items()
-    }
+    metres = {asset.device.id: asset.spot.at for asset in assets} | {name: spot.at for name, spot in cabinets.items()}
     return Wired(gateways, devices + [_vitals(gateway) for gateway in gateways], metres)
 
 
-def _clouds(shard: int, assets: Sequence[Asset]) -> list[tuple[str, Asset]]:
-    return [(f"cloud-{shard}", asset) for asset in assets if "battery" in asset.device.tags]
+def on_battery(asset: Asset) -> bool:
+    """Say whether an asset reports through its operator's cloud."""
+    return "battery" in asset.device.tags
 
 
-def _pis(shard: int, assets: Sequence[Asset]) -> list[tuple[str, Asset]]:
+def _pis(shard: int, assets: Sequence[Asset]) -> dict[str, list[Asset]]:
+    """Return what each Pi of a shard serves."""
     near = sorted(
-        (asset for asset in assets if "battery" not in asset.device.tags),
+        (asset for asset in assets if not on_battery(asset)),
         key=lambda asset: (asset.zone, asset.spot.at, asset.device.id),
     )
-    found: list[tuple[str, Asset]] = []
+    served: dict[str, list[Asset]] = defaultdict(list)
+    done = 0
     for _, together in groupby(near, key=lambda asset: asset.device.building or asset.device.id):
         group = list(together)
-        number = int((len(found) + len(group) / 2) * PIS_A_SHARD / len(near))
-        found += [(f"gw-{shard * PIS_A_SHARD + number + 1:02d}", asset) for asset in group]
-    return found
+        number = int((done + len(group) / 2) * PIS_A_SHARD / len(near))
+        served[f"gw-{shard * PIS_A_SHARD + number + 1:02d}"] += group
+        done += len(group)
+    return served
+
+
+def _cabinet(served: Sequence[Asset]) -> Spot:
+    """Return where a gateway stands: in a building with elevators if it has one, else in a pump room, else outside."""
+    order = ("elevator", "pump_room", "camera", "hydrant")
+    return min(served, key=lambda asset: order.index(asset.device.kind)).spot
 
 
 def _vitals(gateway: Gateway) -> Device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from citybrain.model import Cell, Device, Registry
 
 Size = Literal["zone", "reference"]
+SIZES: tuple[Size, ...] = get_args(Size)
 Metres = tuple[float, float]  # (east, north) of the origin
 Box = tuple[float, float, float, float]  # west, south, east, north, in metres from the origin
 
@@ -26,9 +27,10 @@ CELL_M = 100.0
 class District(msgspec.Struct, frozen=True):
     """A district ready to be provisioned and simulated. `metres` are (east, north) of each device from the origin.
 
-    zones: the hydrants of each pressure zone; its pump room, if it has one, stands in `pump_rooms`. pipes: of each
-    zone, how far its hydrants are from each other along the pipes (m), rows and columns as in `zones`. boxes: the
-    outline of each cell. zone_cells: the cells a zone supplies. lines: the centre line of each road.
+    zones: the hydrants of each pressure zone; its pump room, if it has one, stands in `pump_rooms`. behind: the devices
+    of each gateway, without itself. pipes: of each zone, how far its hydrants are from each other along the pipes (m),
+    rows and columns as in `zones`. boxes: the outline of each cell. zone_cells: the cells a zone supplies. lines: the
+    centre line of each road.
     """
 
     seed: int
@@ -39,6 +41,7 @@ class District(msgspec.Struct, frozen=True):
     floors: dict[str, int]
     cells: dict[str, Cell]
     metres: dict[str, Metres]
+    behind: dict[str, tuple[str, ...]]
     pipes: dict[str, NDArray[np.float64]]
     boxes: dict[str, Box]
     zone_cells: dict[str, tuple[str, ...]]
@@ -48,7 +51,7 @@ class District(msgspec.Struct, frozen=True):
 
     def of_gateway(self, gateway: str) -> tuple[str, ...]:
         """Return the ids of the devices behind a gateway, without the gateway itself."""
-        return tuple(d.id for d in self.registry.devices if d.gateway == gateway and d.kind != "gateway")
+        return self.behind.get(gateway, ())
 
     def distance_m(self, one: str, other: str) -> float:
         """Return how far two devices stand from each other, in metres."""

@@ -45,6 +45,7 @@ def build_reference(seed: int) -> District:
         floors,
         {cell.code: cell for cell in ground.cells.values()},
         wired.metres,
+        behind=grouped([device for device in wired.devices if device.kind != "gateway"], "gateway"),
         pipes=_pipes(hydrants, mains.Network(land.lines, land.zone_of)),
         boxes={cell.code: areas.box_of(node) for node, cell in ground.cells.items()},
         zone_cells=_zone_cells(land),
