@@ -98,6 +98,24 @@ class CloudProcess:
         return await self._push(peer, request)
 
     async def _push(self, peer: Peer, request: Request) -> Reply:
+        taken = self._read(peer, request)
+        if isinstance(taken, Reply):
+            return taken
+        try:
+            receipt = self._take(peer, taken)
+            await self._committed()
+        except Unavailable as error:
+            return problem(503, "unavailable", "platform", str(error), retry_after_s=RETRY_AFTER_S)
+        except StorageError as error:
+            self._fail(error)
+            return problem(503, "storage", "platform", str(error), retry_after_s=RETRY_AFTER_S)
+        if not receipt.stored:
+            what = "no space left on the platform's disk; nothing of this body counts, push it again"
+            return problem(503, "disk_full", "platform", what, retry_after_s=RETRY_AFTER_S)
+        return Reply(200, _summary(receipt))
+
+    def _read(self, peer: Peer, request: Request) -> Taken | Reply:
+        """Return what a push holds, or why it is refused."""
         try:
             peer.check(request.headers, request.body, real_unix_s())
         except SignatureError as error:
@@ -114,18 +132,7 @@ class CloudProcess:
             return problem(400, error.reason, "body", str(error))
         if not taken.said and taken.problems:
             return self._useless(taken)
-        try:
-            receipt = self._take(peer, taken)
-            await self._committed()
-        except Unavailable as error:
-            return problem(503, "unavailable", "platform", str(error), retry_after_s=RETRY_AFTER_S)
-        except StorageError as error:
-            self._fail(error)
-            return problem(503, "storage", "platform", str(error), retry_after_s=RETRY_AFTER_S)
-        if not receipt.stored:
-            what = "no space left on the platform's disk; nothing of this body counts, push it again"
-            return problem(503, "disk_full", "platform", what, retry_after_s=RETRY_AFTER_S)
-        return Reply(200, _summary(receipt))
+        return taken
 
     def _useless(self, taken: Taken) -> Reply:
         """Refuse a body in which nothing can be used, saying why."""
