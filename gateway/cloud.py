@@ -18,6 +18,7 @@ from citybrain.counters import Counters
 from citybrain.errors import CityBrainError, SignatureError, StorageError, Unavailable, WireError
 from citybrain.layout import Layout, Run
 from citybrain.model import Gateway, Reading
+from citybrain.storage import OS_FILES, Files
 from gateway.clouds.config import Clouds, make_keys, read_clouds
 from gateway.clouds.devices import Watch
 from gateway.clouds.http import HttpServer, Limits, Reply, Request, problem
@@ -39,12 +40,15 @@ RETRY_AFTER_S = 30
 class CloudProcess:
     """The intake of one data folder. `run` returns when `stop` was called, and raises where a disk fails."""
 
-    def __init__(self, layout: Layout, run: Run, clouds: Clouds, limits: Limits | None = None) -> None:
+    def __init__(
+        self, layout: Layout, run: Run, clouds: Clouds, limits: Limits | None = None, files: Files = OS_FILES
+    ) -> None:
         self.layout = layout
         self.counters = Counters("cloud", layout.run)
         self.peers = peers_of(clouds, layout.secrets)
         self.intake = Intake(Seen(layout.clouds / "seen.db", self.counters), self.counters)
         self._run = run
+        self._files = files
         self._server = HttpServer(self.answer, self.counters, limits)
         self._watch = Watch(layout, self.counters)
         self._services: dict[str, GatewayService] = {}
@@ -253,7 +257,8 @@ class CloudProcess:
             if known.shard == gateway.shard:
                 return
             self._close_line(gateway.id)
-        spool = Spool(self.layout.gateway(gateway.id), f"cloud-{gateway.id}", counters=self.counters, evicts=False)
+        folder = self.layout.gateway(gateway.id)
+        spool = Spool(folder, f"cloud-{gateway.id}", self._files, counters=self.counters, evicts=False)
         self.intake.open(gateway.id, spool, now_ms)
         uplink = Uplink(spool, gateway.id, gateway.shard, counters=self.counters)
         broker = Broker(self._run.host, self._run.mqtt_port)

@@ -43,3 +43,4 @@ def test_what_is_pushed_is_in_the_log_once(site: CloudSite) -> None:
     eventually(site.drained, what="everything acknowledged")
     assert site.logged() == dict.fromkeys(wanted, 1)
     client.close()
+
