@@ -116,12 +116,14 @@ class Client:
 class CloudSite:
     """A data folder with its processes, each to be killed and started again."""
 
-    def __init__(self, folder: Path, config: str = CONFIG, speed: float = 1.0) -> None:
+    def __init__(self, folder: Path, config: str = CONFIG, speed: float = 1.0, operator_port: int = 1) -> None:
         now_ms = real_unix_ms()
         self.folder = folder
         self.layout = Layout(folder / "data")
         self.layout.make()
-        self.run = Run(RunClock(now_ms, now_ms, speed), 2, mqtt_port=unused_port(), cloud_port=unused_port())
+        clock = RunClock(now_ms, now_ms, speed)
+        mqtt_port, cloud_port = unused_port(), unused_port()
+        self.run = Run(clock, 2, mqtt_port=mqtt_port, cloud_port=cloud_port, operator_port=operator_port)
         self.layout.write_run(self.run)
         (self.layout.root / "clouds.yaml").write_text(config)
         self.clouds: Clouds = read_clouds(self.layout.root / "clouds.yaml")
@@ -189,6 +191,18 @@ class CloudSite:
 
     def logged(self) -> Counter[Key]:
         """Return how often each value stands in the log, by the sensor's name; without the gateways' own."""
+        values = self._values()
+        return Counter({value: times for value, times in values.items() if not value[0].startswith("cloud-")})
+
+    def vitals(self) -> dict[str, list[int]]:
+        """Return the times of each virtual gateway's own readings."""
+        found: dict[str, list[int]] = {}
+        for device, metric, at_ms, _ in self._values():
+            if device.startswith("cloud-") and metric == "uptime_s":
+                found.setdefault(device, []).append(at_ms)
+        return found
+
+    def _values(self) -> Counter[Key]:
         found: Counter[Key] = Counter()
         for shard in range(self.run.shards):
             index: Index | None = None
@@ -211,6 +225,5 @@ def _values(index: Index, payload: bytes) -> list[Key]:
     found = []
     for at_ms, value, number in zip(times.tolist(), values.tolist(), series.tolist(), strict=True):
         device = index.devices[index.series_device[number]]
-        if device.kind != "gateway":
-            found.append((device.wire_id, METRIC_NAMES[index.series_metric[number]], at_ms, value))
+        found.append((device.wire_id, METRIC_NAMES[index.series_metric[number]], at_ms, value))
     return found
