@@ -32,6 +32,7 @@ from gateway.spool import Spool
 from gateway.uplink import Uplink
 
 STEP_S = 0.02  # an acknowledgement is at most that late
+BUSY_STEP_S = 0.1  # while pushes come: pushes of so long share one sync of the table
 SLOW_STEP_S = 1.0  # between two looks at the registry and at what has expired
 VITALS_MS = 10 * SECOND_MS
 RETRY_AFTER_S = 30
@@ -60,7 +61,7 @@ class CloudProcess:
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
         self._failure: CityBrainError | None = None
-        self._slow_s = 0.0
+        self._slow_s = self._drive_s = 0.0
         self._since_ms = self._vitals_ms = run.clock.now_ms()
 
     def stop(self) -> None:
@@ -231,7 +232,10 @@ class CloudProcess:
         self._vitals(now_ms)
         if self.intake.waiting and self._round is None:
             self._commit()
-        poll_all(list(self._services.values()), 0.0)
+        if not self.intake.seen.owing or not 0 <= now_s - self._drive_s < BUSY_STEP_S:
+            self._drive_s = now_s
+            self.intake.save(now_ms)
+            poll_all(list(self._services.values()), 0.0)
         for name, schedule in self._pulls.items():
             if self._services and schedule.due(now_ms):
                 self._pull(self.peers[name], schedule)
@@ -296,6 +300,8 @@ class CloudProcess:
     def _close(self) -> None:
         for task in self._tasks:
             task.cancel()
+        if self._failure is None:
+            self.intake.save(self._run.clock.now_ms())
         for gateway in list(self._services):
             self._close_line(gateway)
         self.intake.seen.close()

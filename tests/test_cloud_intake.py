@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from citybrain.clock import DAY_MS
+from citybrain.clock import DAY_MS, HOUR_MS
 from citybrain.counters import Counters
 from citybrain.errors import Damaged, DiskFull, StorageError, Unavailable
 from citybrain.model import Lane, Reading
@@ -21,7 +21,7 @@ from citybrain.wire import Header, columns_message, open_message, readings_of
 from gateway.clouds.devices import Devices
 from gateway.clouds.intake import BATCH_READINGS, Intake, Receipt
 from gateway.clouds.mapping import Said, Taken
-from gateway.clouds.seen import KEEP_DAYS, Seen, day_of, key_of
+from gateway.clouds.seen import KEEP_DAYS, SWEPT_AT_ONCE, Seen, day_of, key_of
 from gateway.spool import Spool
 from tests.cloud_site import imei, registry
 from tests.faulty_files import LossyFiles
@@ -68,6 +68,7 @@ class Place:
     def push(self, *content: Said, own: list[str] = OWN) -> Receipt:
         receipt = self.take(*content, own=own)
         self.intake.commit(self.now_ms)
+        self.intake.save(self.now_ms)
         return receipt
 
     def spooled(self) -> list[tuple[str, Lane, Reading]]:
@@ -231,12 +232,12 @@ from tests.test_cloud_intake import NOW, Place, said
 place = Place(Path(sys.argv[1]))
 at = int(sys.argv[2])
 save, calls = Seen.save, 0
-def killed(self, keys, *rest):
+def killed(self, day):
     global calls
     calls += 1
     if calls == at:
         os.kill(os.getpid(), signal.SIGKILL)
-    save(self, keys, *rest)
+    save(self, day)
 Seen.save = killed
 for number in range(20):
     place.push(*(said(device, NOW + number) for device in range(10)))
@@ -337,11 +338,11 @@ def test_where_the_table_finds_no_room_it_catches_up(place: Place) -> None:
     db.execute(f"PRAGMA max_page_count = {pages}")
     content = [said(0, NOW + number) for number in range(1, 3000)]
     assert place.push(*content).stored, "it is in the spool"
-    assert place.seen.owing
+    assert place.seen.full
     with pytest.raises(Unavailable, match=r"seen\.db: no space left"):
         place.take(said(1))
     db.execute("PRAGMA max_page_count = 100000")
-    place.intake.commit(NOW)
+    place.intake.save(NOW)
     assert place.push(*content).repeated == len(content)
 
 
@@ -382,14 +383,16 @@ def test_a_disk_that_fails_ends_the_process(tmp_path: Path) -> None:
 def test_keys_tell_values_apart(values: list[tuple[str, str, int, float]]) -> None:
     keys = {key_of(*value) for value in values}
     assert len(keys) == len({(d, m, t, v + 0.0) for d, m, t, v in values})
-    assert all(-(2**63) <= key < 2**63 for key in keys)
+    assert all(0 <= key < 2**63 for key in keys)
 
 
 def test_any_key_is_found_again(tmp_path: Path) -> None:
     seen = Seen(tmp_path / "seen.db", Counters("cloud"))
     seen.start()
     keys = [-(2**63), -1, 0, 1, 2**53 + 1, 2**63 - 1]
-    seen.save(keys, {}, {}, 1)
+    seen.hold(keys, {}, {})
+    assert seen.known([*keys, 5, -7], 1) == set(keys)
+    seen.save(1)
     assert seen.known([*keys, 5, -7], 1) == set(keys)
     seen.close()
 
@@ -406,12 +409,25 @@ def test_what_is_told_again_is_kept_and_the_rest_expires_after_a_week(place: Pla
     assert place.seen.expire(day_of(place.now_ms)) == 1
 
 
-def test_a_value_costs_about_forty_bytes(tmp_path: Path) -> None:
+def test_a_value_costs_about_twenty_bytes(tmp_path: Path) -> None:
     seen = Seen(tmp_path / "seen.db", Counters("cloud"))
     seen.start()
-    n = 60_000
-    for day in range(6):
-        seen.save((key_of("d", "m", number, 0.5) for number in range(day * n // 6, (day + 1) * n // 6)), {}, {}, day)
+    hours, a_hour = 24, 4000
+    for hour in range(hours):
+        seen.hold((key_of("d", f"m{n}", NOW + hour * HOUR_MS + n, 0.5) for n in range(a_hour)), {}, {})
+        seen.save(day_of(NOW))
     seen.close()
     size = (tmp_path / "seen.db").stat().st_size
-    assert 20 < size / n < 60
+    assert 15 < size / (hours * a_hour) < 30
+
+
+def test_the_whole_table_is_swept(tmp_path: Path) -> None:
+    seen = Seen(tmp_path / "seen.db", Counters("cloud"))
+    seen.start()
+    for day in (0, 100):
+        seen.hold(range(day // 100, 30_000, 2), {}, {})
+        seen.save(day)
+    assert sum(seen.expire(100) for _ in range(30_000 // SWEPT_AT_ONCE)) == 15_000
+    assert seen.rows == 15_000
+    assert seen.known(list(range(31_000)), 100) == set(range(1, 30_000, 2))
+    seen.close()

@@ -16,7 +16,7 @@ from citybrain.errors import DiskFull, Unavailable
 from citybrain.model import Lane, Reading
 from citybrain.wire import columns_of
 from gateway.clouds.devices import Devices
-from gateway.clouds.mapping import Taken
+from gateway.clouds.mapping import Said, Taken
 from gateway.clouds.seen import Seen, day_of, key_of
 from gateway.spool import Spool
 
@@ -72,7 +72,8 @@ class Intake:
             for seq in range(min(self.seen.mark(gateway, lane), behind - 1) + 1, behind):
                 keys.update(_keys_in(spool.body(lane, seq)))
             marks[gateway, lane] = behind - 1
-        self.seen.save(keys, marks, {}, day_of(now_ms))
+        self.seen.hold(keys, marks, {})
+        self.seen.save(day_of(now_ms))
         self.spools[gateway] = spool
 
     def take(
@@ -84,54 +85,68 @@ class Intake:
         """
         self._check_room(operator, own)
         receipt = Receipt(operator, taken, cursor=cursor)
-        values = [
-            (said, lane, name, value, key_of(said.device, name, said.observed_at, value))
-            for said in taken.said
-            for lane in Lane
-            for name, value in said.values[lane].items()
+        routed = self._routed(own, devices, taken)
+        keys = [
+            key_of(said.device, name, said.observed_at, value)
+            for said, _ in routed
+            for values in said.values
+            for name, value in values.items()
         ]
-        known = self.seen.known([row[4] for row in values], day_of(now_ms)) if values else set()
-        fresh: dict[tuple[int, Lane], Reading] = {}
-        routes = self._routes(own, devices, taken)
-        for said, lane, name, value, key in values:
-            gateway = routes.get(said.device)
-            if gateway is None or key in known:
-                continue
-            lot = self._lots.setdefault((gateway, lane), Lot([], set()))
-            if not any(lot is one for one in receipt.lots):
-                receipt.lots.append(lot)
-            if key not in lot.keys:
-                lot.keys.add(key)
-                reading = fresh.get((id(said), lane))
-                if reading is None:
-                    reading = fresh[id(said), lane] = Reading(said.device, said.observed_at, {})
-                    lot.readings.append(reading)
-                reading.values[name] = value
-        return self._tally(receipt, {id_ for id_, _ in fresh}, routes)
-
-    def _tally(self, receipt: Receipt, fresh: set[int], routes: dict[str, str | None]) -> Receipt:
-        receipt.accepted = len(fresh)
-        receipt.repeated = sum(routes[said.device] is not None for said in receipt.taken.said) - len(fresh)
+        known = self.seen.known(keys, day_of(now_ms)) if keys else set()
+        following = iter(keys)
+        for said, gateway in routed:
+            new = False
+            for lane in Lane:
+                told = zip(said.values[lane].items(), following, strict=False)
+                fresh = {key: one for one, key in told if key not in known}
+                if fresh:
+                    new |= self._put(receipt, self._lot(gateway, lane), said, fresh)
+            receipt.accepted += new
+        receipt.repeated = len(routed) - receipt.accepted
         self._receipts.append(receipt)
         return receipt
+
+    def _lot(self, gateway: str, lane: Lane) -> Lot:
+        lot = self._lots.get((gateway, lane))
+        if lot is None:
+            lot = self._lots[gateway, lane] = Lot([], set())
+        return lot
+
+    @staticmethod
+    def _put(receipt: Receipt, lot: Lot, said: Said, fresh: dict[int, tuple[str, float]]) -> bool:
+        """Put values into a lot, unless they are in it; return whether any was not. The receipt needs the lot."""
+        if not any(lot is one for one in receipt.lots):
+            receipt.lots.append(lot)
+        values = {name: value for key, (name, value) in fresh.items() if key not in lot.keys}
+        if not values:
+            return False
+        lot.keys.update(fresh)
+        lot.readings.append(Reading(said.device, said.observed_at, values))
+        return True
 
     def _check_room(self, operator: str, own: list[str]) -> None:
         if not own:
             raise Unavailable(f"operator {operator!r} has no gateway in the registry in force; provision one a shard")
-        if self.seen.owing:
+        if self.seen.full:
             raise Unavailable(f"{self.seen.path}: no space left on the device; free some")
         for gateway in own:
             if self.spools[gateway].full:
                 raise Unavailable(f"{self.spools[gateway].folder}: the spool is full; is the broker away?")
 
-    def _routes(self, own: list[str], devices: Devices, taken: Taken) -> dict[str, str | None]:
+    @staticmethod
+    def _routed(own: list[str], devices: Devices, taken: Taken) -> list[tuple[Said, str]]:
+        """Return what was said with the gateway that carries it; a device of somebody else's is dropped."""
         routes: dict[str, str | None] = {}
+        found = []
         for said in taken.said:
             if said.device not in routes:
                 routes[said.device] = devices.route(own, said.device)
-            if routes[said.device] is None:
+            gateway = routes[said.device]
+            if gateway is None:
                 taken.drop("foreign_device", said.device, "this device belongs to another operator or gateway")
-        return routes
+            else:
+                found.append((said, gateway))
+        return found
 
     def vital(self, gateway: str, reading: Reading) -> None:
         """Take a virtual gateway's own reading."""
@@ -140,10 +155,10 @@ class Intake:
     @property
     def waiting(self) -> bool:
         """Whether there is anything to commit."""
-        return bool(self._lots or self._receipts or self.seen.owing)
+        return bool(self._lots or self._receipts)
 
     def commit(self, now_ms: int) -> None:
-        """Make what was taken durable, as far as there is room; `Receipt.stored` says what is."""
+        """Make what was taken durable in the spools, as far as there is room; `Receipt.stored` says what is."""
         lots, self._lots = self._lots, {}
         receipts, self._receipts = self._receipts, []
         for (gateway, lane), lot in lots.items():
@@ -155,7 +170,11 @@ class Intake:
             self._commit(gateway)
         for (gateway, lane), lot in lots.items():
             lot.stored = self.spools[gateway].next_seq(lane) > lot.last_seq
-        self._remember(lots, receipts, now_ms)
+        self.seen.hold(
+            (key for lot in lots.values() if lot.stored for key in lot.keys),
+            {name: lot.last_seq for name, lot in lots.items() if lot.stored and lot.keys},
+            {r.operator: r.cursor for r in receipts if r.cursor is not None and r.stored},
+        )
         for receipt in receipts:
             if receipt.stored:
                 self._count(receipt)
@@ -166,13 +185,15 @@ class Intake:
         except DiskFull as error:  # the operator is told, and comes again
             self._full(error)
 
-    def _remember(self, lots: dict[tuple[str, Lane], Lot], receipts: list[Receipt], now_ms: int) -> None:
-        keys = {key for lot in lots.values() if lot.stored for key in lot.keys}
-        marks = {name: lot.last_seq for name, lot in lots.items() if lot.stored and lot.keys}
-        cursors = {r.operator: r.cursor for r in receipts if r.cursor is not None and r.stored}
+    def save(self, now_ms: int) -> None:
+        """Let the table of what was seen catch up with the spools, durably.
+
+        To be called before acknowledgements are processed: they free messages, and what is only there would be
+        forgotten. Where the disk is full they may all the same, or no room would ever come.
+        """
         try:
-            self.seen.save(keys, marks, cursors, day_of(now_ms))
-        except DiskFull as error:  # it stays in memory, and in the spools' last segments
+            self.seen.save(day_of(now_ms))
+        except DiskFull as error:
             self._full(error)
 
     def _full(self, error: DiskFull) -> None:

@@ -6,9 +6,9 @@ times and then throws all of it away.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 import msgspec
@@ -23,6 +23,8 @@ LONGEST_NAME = 128  # as ingest keeps them in quarantine
 MOST_PROBLEMS = 10
 MOST_DEEP = 4  # levels of objects inside `values`
 ABSENT = msgspec.UNSET
+Values = tuple[dict[str, float], dict[str, float]]  # by metric, indexed by Lane
+_NUMBERS = frozenset((int, float, bool))
 
 
 class Said(msgspec.Struct, frozen=True):
@@ -30,7 +32,7 @@ class Said(msgspec.Struct, frozen=True):
 
     device: str
     observed_at: int
-    values: tuple[dict[str, float], dict[str, float]]  # indexed by Lane
+    values: Values
 
 
 class Taken(msgspec.Struct):
@@ -81,7 +83,7 @@ class Decoder:
         self._stream = path_of(operator.stream) if operator.stream else None
         self._only = [(path_of(path), wanted) for path, wanted in operator.only.items()]
         self._ignore = frozenset(operator.ignore)
-        self._fields = {name: (field, Lane[field.lane.upper()]) for name, field in operator.fields.items()}
+        self._fields = {name: _Use(field) for name, field in operator.fields.items()}
         self._operator = operator
         self._root = operator.messages
 
@@ -112,7 +114,7 @@ class Decoder:
         return taken
 
     def _message(self, message: Any, where: str, taken: Taken) -> Said | None:
-        if any(find(message) != wanted for find, wanted in self._only):
+        if self._only and any(find(message) != wanted for find, wanted in self._only):
             taken.dropped["other_message"] += 1  # expected, such as a device that goes online: no problem
             return None
         device, observed_at = self._device(message), self._time(message)
@@ -148,41 +150,52 @@ class Decoder:
             return None
         return at_ms if 0 < at_ms <= MAX_SEQ else None
 
-    def _numbers(self, message: Any, where: str, taken: Taken) -> tuple[dict[str, float], dict[str, float]]:
-        found: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    def _numbers(self, message: Any, where: str, taken: Taken) -> Values:
+        found: Values = ({}, {})
         values = self._values(message)
-        at = f"{where}.{self._operator.values}"
         if self._stream is not None:
-            self._number(str(self._stream(message))[:LONGEST_NAME], values, at, taken, found)
-        elif isinstance(values, dict):
-            for name, value in _flat(values):
-                self._number(name, value, f"{at}.{name[:LONGEST_NAME]}", taken, found)
+            values = {str(self._stream(message))[:LONGEST_NAME]: values}
+        if not isinstance(values, dict):
+            return found
+        for name, value in _flat(values) if dict in map(type, values.values()) else values.items():
+            field = self._fields.get(name)
+            number = None if field is None else field.number(value)
+            if field is not None and number is not None:
+                found[field.lane][field.metric] = number
+            else:
+                self._tell(name, value, where, taken)
         return found
 
-    def _number(
-        self, name: str, value: Any, where: str, taken: Taken, found: tuple[dict[str, float], dict[str, float]]
-    ) -> None:
-        known = self._fields.get(name)
-        if known is None:
-            if name not in self._ignore:
-                taken.drop("unknown_metric", where, f"{name!r:.80} is neither in `fields` nor in `ignore`")
-            return
-        field, lane = known
-        number = _number(value, field)
-        if number is None:
-            taken.drop("not_a_number", where, f"expected a number for {field.metric}, got {_shown(value)}")
-        else:
-            found[lane][field.metric] = number
+    def _tell(self, name: str, value: Any, where: str, taken: Taken) -> None:
+        """Count and tell a value that is not used."""
+        at = f"{where}.{self._operator.values}" + ("" if self._stream is not None else f".{name[:LONGEST_NAME]}")
+        field = self._fields.get(name)
+        if field is not None:
+            taken.drop("not_a_number", at, f"expected a number for {field.metric}, got {_shown(value)}")
+        elif name not in self._ignore:
+            taken.drop("unknown_metric", at, f"{name!r:.80} is neither in `fields` nor in `ignore`")
 
 
-def _number(value: Any, field: Field) -> float | None:
-    if type(value) not in (int, float, bool):
-        return None
-    try:
-        number = value * field.factor + field.offset
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+class _Use:
+    """A field, ready to be applied."""
+
+    __slots__ = ("_factor", "_offset", "lane", "metric")
+
+    def __init__(self, field: Field) -> None:
+        self.metric = field.metric
+        self.lane = Lane[field.lane.upper()]
+        self._factor = field.factor
+        self._offset = field.offset
+
+    def number(self, value: Any) -> float | None:
+        """Return the value in the metric's unit, None where it is no number."""
+        if type(value) not in _NUMBERS:
+            return None
+        try:
+            number: float = value * self._factor + self._offset
+        except OverflowError:
+            return None
+        return number if isfinite(number) else None
 
 
 def _flat(values: Mapping[str, Any], before: str = "", deep: int = 1) -> list[tuple[str, Any]]:
