@@ -27,9 +27,10 @@ from citybrain.clock import HOUR_MS, MINUTE_MS, SECOND_MS, real_unix_s, wait_s
 from citybrain.counters import Counters
 from citybrain.errors import SignatureError, Unavailable
 from citybrain.layout import Layout, Run
-from citybrain.model import Lane, Reading, Registry
+from citybrain.model import Reading, Registry
 from citybrain.storage import OS_FILES
 from citybrain.webhook import sign
+from edge.agent import Source
 from gateway.clouds.config import PREFIX, Keys, make_keys, read_clouds, read_keys
 from gateway.clouds.operators import Peer
 from simulators.cloud_book import Book
@@ -305,11 +306,11 @@ def serve(layout: Layout, run: Run, scenario: Scenario, habits: Habits, stop: th
             counters.publish(force=True)
 
 
-def step(operator: Operator, sensors: Sequence[Sensors], client: Client, run: Run) -> None:
+def step(operator: Operator, sensors: Sequence[Source], client: Client, run: Run) -> None:
     """Hear the devices, push what is due."""
     now_ms = run.clock.now_ms()
-    said: list[tuple[Lane, Reading]] = [item for source in sensors for item in source.poll(now_ms)]
-    operator.told([message_of(reading) for _, reading in said], now_ms)
+    said = [message_of(reading) for source in sensors for _, reading in source.poll(now_ms)]
+    operator.told(said, now_ms)
     while (batch := operator.due(now_ms)) is not None:
         operator.pushed(batch, client.push(batch), now_ms)
     operator.counters.gauges["queued"] = float(operator.queued)

@@ -169,21 +169,28 @@ def test_without_a_gateway_nothing_is_taken(place: Place) -> None:
         max_size=8,
     ),
     breaks=st.sets(st.integers(0, 8)),
+    unsaved=st.sets(st.integers(0, 8)),
 )
 @settings(max_examples=40, deadline=None)
 def test_every_reading_is_accepted_repeated_or_counted(
-    tmp_path_factory: pytest.TempPathFactory, pushes: list[list[Said]], breaks: set[int]
+    tmp_path_factory: pytest.TempPathFactory, pushes: list[list[Said]], breaks: set[int], unsaved: set[int]
 ) -> None:
-    place = Place(tmp_path_factory.mktemp("place"))
+    """Also where the power fails, and where it fails before the table followed."""
+    disk = LossyFiles()
+    place = Place(tmp_path_factory.mktemp("place"), disk)
     totals = dict.fromkeys(
         ("received_total", "accepted_total", "repeated_total", "dropped_total{reason=foreign_device}"), 0
     )
     for number, content in enumerate(pushes):
-        place.push(*content)
+        place.take(*content)
+        place.intake.commit(NOW)
+        if number not in unsaved:
+            place.intake.save(NOW)
         if number in breaks:
             for name in totals:
                 totals[name] += place.count(name)
             place.close()
+            disk.crash()
             place.open()
     for name in totals:
         totals[name] += place.count(name)
