@@ -18,12 +18,12 @@ from citybrain.clock import RunClock, real_unix_ms, real_unix_s
 from citybrain.counters import Heartbeat
 from citybrain.layout import Active, Layout, Run
 from citybrain.mailbox import Mailbox, command
-from citybrain.model import Device, Gateway, Place, Registry
+from citybrain.model import Device, Edge, Gateway, Place, Registry
 from citybrain.segments import Reader
 from citybrain.webhook import sign
 from gateway.clouds.config import Clouds, Keys, make_keys, read_clouds, read_keys
 from rules.files import library
-from streams.log import Kind, decode_control, frame_arrays, frame_head
+from streams.log import Kind, decode_control, decode_transition, frame_arrays, frame_head
 from streams.registry import METRIC_NAMES, Index, decode_registry, encode_registry
 from streams.ruleset import encode_ruleset
 from streams.runtimes.broker import mosquitto as find_mosquitto
@@ -200,6 +200,16 @@ class CloudSite:
         for device, metric, at_ms, _ in self._values():
             if device.startswith("cloud-") and metric == "uptime_s":
                 found.setdefault(device, []).append(at_ms)
+        return found
+
+    def raised(self, since_ms: int) -> Counter[tuple[str, str]]:
+        """Return how often each (rule, subject) was raised from a time on."""
+        found: Counter[tuple[str, str]] = Counter()
+        for shard in range(self.run.shards):
+            for record in Reader(self.layout.transitions(shard)):
+                transition = decode_transition(record.payload)
+                if transition.edge is Edge.RAISE and transition.at_ms >= since_ms:
+                    found[transition.rule, transition.subject] += 1
         return found
 
     def _values(self) -> Counter[Key]:

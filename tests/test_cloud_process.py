@@ -18,10 +18,11 @@ from gateway.clouds.config import read_keys
 from gateway.clouds.operators import Peer
 from simulators.cloud import NAME, Client, Habits, Operator, PullServer, contract, message_of
 from simulators.cloud_book import Book
-from tests.cloud_site import CloudSite, imei, message, registry
+from tests.cloud_site import DEVICES, CloudSite, imei, message, registry
 from tests.conftest import eventually, unused_port
 
 SPEED = 60.0  # a pull a second
+FAST_SPEED = 90.0
 CALM_SPEED = 30.0  # 90 s are three heartbeats
 ROUNDS, ROUND_DEVICES, KILLS = 150, 12, 5
 
@@ -93,6 +94,34 @@ def test_a_dead_cloud_has_no_time(site: CloudSite) -> None:
     assert client.post([])[0] == 200
     eventually(lambda: len(site.vitals()["cloud-0"]) > len(vitals["cloud-0"]), what="time goes on")
     client.close()
+
+
+def test_the_death_of_a_cloud_is_told_once_and_nothing_else(tmp_path: Path) -> None:
+    """The devices behind it would be silent after five minutes of their time, and have none."""
+    site = CloudSite(tmp_path, speed=FAST_SPEED)
+    try:
+        site.start_broker()
+        site.provision()
+        site.start("ingest")
+        eventually(lambda: site.layout.read_active() is not None, 60)
+        site.start("worker")
+        site.start("cloud")
+        client = site.client()
+        own = range(0, DEVICES - 1, 2)
+        until_ms = site.run.clock.now_ms() + 4 * 60_000
+        while (now_ms := site.run.clock.now_ms()) < until_ms:
+            assert client.post([message(imei(n), now_ms, water_pressure=310) for n in own])[0] == 200
+            wait_s(0.05)
+        client.close()
+        offline, died_ms = ("gateway_offline", "cloud-0"), now_ms
+        eventually(lambda: site.raised(died_ms)[offline], 30, "the cloud's death told")
+        until_ms = site.run.clock.now_ms() + 10 * 60_000
+        eventually(lambda: site.run.clock.now_ms() > until_ms, 30, "ten more minutes")
+        eventually(lambda: site.gauge("lag_s", "worker") < 1, 30)
+        assert site.raised(died_ms)[offline] == 1
+        assert {rule for rule, _ in site.raised(0)} == {"gateway_offline"}
+    finally:
+        site.stop()
 
 
 # --- with an operator that loses, repeats and delays ---
