@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import socket
 import threading
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from citybrain.cli import main
 from citybrain.clock import real_unix_s
@@ -18,7 +21,7 @@ from citybrain.errors import StorageError
 from citybrain.storage import OS_FILES, Files
 from citybrain.webhook import sign
 from gateway.cloud import CloudProcess
-from gateway.clouds.http import Limits
+from gateway.clouds.http import Limits, Refused, read_head
 from tests.cloud_site import Client, CloudSite, imei, message
 from tests.conftest import eventually
 from tests.faulty_files import LossyFiles
@@ -230,6 +233,30 @@ def test_curl_may_ask_before_it_sends_a_body(served: Served) -> None:
         assert peer.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         peer.sendall(b"[]")
         assert read_all(peer).startswith(b"HTTP/1.1 401 ")
+
+
+@given(
+    method=st.sampled_from(["POST", "GET", "X"]),
+    path=st.text("abc/?%", max_size=20),
+    headers=st.dictionaries(st.text("abc-XYZ", min_size=1, max_size=8), st.text("abc 1,;:", max_size=12), max_size=6),
+)
+def test_a_head_is_read_as_it_was_written(method: str, path: str, headers: dict[str, str]) -> None:
+    names = {name.lower() for name in headers}
+    lines = [f"{method} /{path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    try:
+        found = read_head("\r\n".join(lines).encode())
+    except Refused:
+        assert len(names) < len(headers), "the same header twice, and not the same"
+    else:
+        assert found[:2] == (method, f"/{path}")
+        assert set(found[2]) == names
+        assert all(found[2][name.lower()] == value.strip() for name, value in headers.items())
+
+
+@given(st.binary(max_size=200))
+def test_rubbish_is_refused_and_raises_nothing_else(head: bytes) -> None:
+    with contextlib.suppress(Refused):
+        read_head(head + b"\r\n\r\n")
 
 
 # --- clients that behave badly ---

@@ -28,7 +28,7 @@ class Limits(msgspec.Struct, frozen=True):
     idle_s: float = 60.0
     head_s: float = 5.0
     body_s: float = 10.0
-    connections: int = 256
+    connections: int = 64  # each with a body of its own in memory
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -152,7 +152,7 @@ class HttpServer:
         except asyncio.LimitOverrunError:
             what = f"more than {self._limits.head_bytes} bytes"
             raise Refused(problem(431, "oversized", "headers", what), "oversized") from None
-        method, path, headers = _head(head)
+        method, path, headers = read_head(head)
         size = _length(method, headers, self._limits.body_bytes)
         if size and headers.get("expect", "").lower() == "100-continue":
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -169,8 +169,8 @@ async def _crowded() -> None:
     raise Refused(problem(503, "crowded", "connection", "too many at a time", retry_after_s=5), "crowded")
 
 
-def _head(head: bytes) -> tuple[str, str, dict[str, str]]:
-    """Take request line and headers apart; raises Refused."""
+def read_head(head: bytes) -> tuple[str, str, dict[str, str]]:
+    """Return (method, path, headers) of a request's head; raises Refused."""
     lines = head.decode("latin-1").split("\r\n")
     words = lines[0].split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1."):

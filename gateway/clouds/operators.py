@@ -39,8 +39,8 @@ class Peer:
         self.life_ms = now_ms
 
     def alive(self, now_ms: int) -> bool:
-        """Return whether there was a sign of life within his `alive`."""
-        return bool(self.life_ms) and now_ms - self.life_ms <= self.operator.alive
+        """Return whether there was a sign of life within his `alive`; also where the clock was put back."""
+        return bool(self.life_ms) and abs(now_ms - self.life_ms) <= self.operator.alive
 
 
 def peers_of(clouds: Clouds, secrets: Path) -> dict[str, Peer]:
