@@ -27,7 +27,7 @@ from citybrain.clock import HOUR_MS, MINUTE_MS, SECOND_MS, real_unix_s, wait_s
 from citybrain.counters import Counters
 from citybrain.errors import SignatureError, Unavailable
 from citybrain.layout import Layout, Run
-from citybrain.model import Reading, Registry
+from citybrain.model import Lane, Reading, Registry
 from citybrain.storage import OS_FILES
 from citybrain.webhook import sign
 from edge.agent import Source
@@ -154,7 +154,7 @@ class Operator:
 
 
 def message_of(reading: Reading) -> dict[str, Any]:
-    """Return a reading as the operator tells it; its names are ours, so that no number changes on the way."""
+    """Return a reading as the operator tells it; its metrics have our names, so that no number changes on the way."""
     head = {
         "messageType": "dataReport",
         "protocol": "lwm2m",
@@ -287,7 +287,8 @@ def serve(layout: Layout, run: Run, scenario: Scenario, habits: Habits, stop: th
     district = build(run.seed)
     schedule = Schedule(district, district.seed, run.clock.origin_ms or run.clock.now_ms(), scenario)
     gateways = [gateway.id for gateway in district.registry.gateways if gateway.id.startswith(PREFIX)]
-    sensors = [Sensors(district, name, schedule, layout.root / "operator" / f"{name}.mark") for name in gateways]
+    marks = layout.root / "operator"
+    sensors = [Wired(Sensors(district, name, schedule, marks / f"{name}.mark"), district.registry) for name in gateways]
     book = Book(layout.root / "operator")
     book.start()
     operator = Operator(book, run.seed, habits, counters)
@@ -304,6 +305,19 @@ def serve(layout: Layout, run: Run, scenario: Scenario, habits: Habits, stop: th
             client.close()
             book.close()
             counters.publish(force=True)
+
+
+class Wired:
+    """A source whose readings come under the names of sensors; the operator knows no assets."""
+
+    def __init__(self, source: Source, registry: Registry) -> None:
+        self._source = source
+        self._wire_ids = {device.id: device.wire_id for device in registry.devices}
+
+    def poll(self, now_ms: int) -> list[tuple[Lane, Reading]]:
+        """Return what is due, renamed."""
+        found = self._source.poll(now_ms)
+        return [(lane, Reading(self._wire_ids.get(r.device, r.device), r.observed_at, r.values)) for lane, r in found]
 
 
 def step(operator: Operator, sensors: Sequence[Source], client: Client, run: Run) -> None:

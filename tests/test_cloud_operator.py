@@ -34,12 +34,13 @@ from simulators.cloud import (
     Habits,
     Operator,
     PullServer,
+    Wired,
     contract,
     message_of,
     step,
 )
 from simulators.cloud_book import KEEP_MS, Book
-from tests.cloud_site import CloudSite, registry
+from tests.cloud_site import CloudSite, imei, registry
 from tests.conftest import eventually, unused_port
 
 NOW = 1_767_225_600_000
@@ -284,7 +285,9 @@ def test_a_step_hears_the_devices_and_pushes_or_tries_again(
     site, operator, ask = served
     keys = read_keys(site.layout.secrets, site.clouds.operators[NAME])
     client = Client(site.run.host, site.run.cloud_port, keys)
-    step(operator, [Device(), Device()], client, site.run)  # nobody listens
+    source = Wired(Device(), registry())
+    step(operator, [source, Device()], client, site.run)  # nobody listens
+    assert [told["IMEI"] for told in ask("").messages] == [imei(1), "hyd-1"]
     assert operator.counters.values["told_total"] == len(ask("").messages) == 2
     assert "refused" in operator.counters.details["last_error"]
     assert operator.counters.gauges["queued"] == 1
