@@ -45,6 +45,7 @@ TRIES = 3  # the real ones': documented by an operator as "at most 3 times"
 RETRY_MS = 5 * SECOND_MS  # [U]
 FAILURES_TO_PAUSE = 100  # in a row; documented by an operator, as is the minute
 PAUSE_MS = MINUTE_MS
+SETTLED_MS = MINUTE_MS  # [U] so long after it was told a message can be asked for: its push comes first
 TIMEOUT_S = 5.0
 STEP_S = 0.2
 OUTAGE_WINDOW_MS = 6 * HOUR_MS
@@ -232,7 +233,8 @@ class PullServer(http.server.ThreadingHTTPServer):
         """Return (status, body) of a request."""
         if path != "/readings":
             return 404, {"error": "not_found"}
-        if self._operator.away(self._run.clock.now_ms()):
+        now_ms = self._run.clock.now_ms()
+        if self._operator.away(now_ms):
             return 503, {"error": "away"}
         try:
             self._peer.check({name.lower(): text for name, text in headers.items()}, query.encode(), real_unix_s())
@@ -241,7 +243,7 @@ class PullServer(http.server.ThreadingHTTPServer):
         after = parse_qs(query).get("after", [""])[0]
         if after and not after.isdecimal():
             return 400, {"error": "cursor", "what": f"{after!r:.40} is none of ours"}
-        messages, last, more = self._operator.book.page(int(after or 0), PAGE_MESSAGES)
+        messages, last, more = self._operator.book.page(int(after or 0), PAGE_MESSAGES, now_ms - SETTLED_MS)
         return 200, {"messages": messages, "next": str(last), "more": more}
 
 

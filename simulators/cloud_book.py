@@ -12,6 +12,7 @@ import msgspec
 
 from citybrain.clock import DAY_MS
 from citybrain.storage import OS_FILES
+from citybrain.wire import MAX_SEQ
 
 KEEP_MS = 7 * DAY_MS
 
@@ -48,11 +49,11 @@ class Book:
             db.execute("DELETE FROM told WHERE id <= (SELECT max(id) FROM told WHERE at < ?)", (now_ms - KEEP_MS,))
             db.execute("COMMIT")
 
-    def page(self, after: int, most: int) -> tuple[list[msgspec.Raw], int, bool]:
-        """Return (messages behind number `after`, the number of the last one, whether there are more)."""
-        query = "SELECT id, body FROM told WHERE id > ? ORDER BY id LIMIT ?"
+    def page(self, after: int, most: int, until_ms: int = MAX_SEQ) -> tuple[list[msgspec.Raw], int, bool]:
+        """Return (messages behind number `after` told by `until_ms`, the last one's number, whether there are more)."""
+        query = "SELECT id, body FROM told WHERE id > ? AND at <= ? ORDER BY id LIMIT ?"
         with self._lock:
-            rows = self._connection.execute(query, (after, most + 1)).fetchall()
+            rows = self._connection.execute(query, (after, until_ms, most + 1)).fetchall()
         given = rows[:most]
         return [msgspec.Raw(body) for _, body in given], given[-1][0] if given else after, len(rows) > most
 
