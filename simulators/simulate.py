@@ -185,8 +185,7 @@ def live(layout: Layout, run: Run, schedule: Schedule, gateways: Sequence[Gatewa
 
 def chosen(district: District, names: Sequence[str]) -> list[Gateway]:
     """Return the gateways named, all of them where none is; raises UsageError."""
-    gateways = district.registry.gateways
-    known = {gateway.id: gateway for gateway in gateways if not gateway.id.startswith("cloud-")}  # the operator's
+    known = {gateway.id: gateway for gateway in district.registry.gateways}
     for name in names:
         if name not in known:
             raise UsageError(f"--gateway {name}: expected one of {', '.join(known)}")
