@@ -1,0 +1,1 @@
+"""The history: what the log holds, as Parquet, for charts, exports and backtests (docs/history.md)."""
