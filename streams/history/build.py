@@ -25,7 +25,8 @@ from streams.registry import METRIC_NAMES, Index
 
 Load = Callable[[str], Index]
 Opened = tuple[FrameHead, tuple[I64, F64, U32]]
-NOTHING = Rows(*(np.empty(0, kind) for kind in (np.int64, np.int64, np.int64, np.float64, np.float64, np.int64, np.int64)))
+_NONE, _NO_VALUE = np.empty(0, np.int64), np.empty(0, np.float64)
+NOTHING = Rows(_NONE, _NONE, _NONE, _NO_VALUE, _NO_VALUE, _NONE, _NONE)
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -136,11 +137,12 @@ class Builder:
         after = msgspec.structs.replace(
             self._before, next=self._expected, registry=self._registry, streams=self._gaps.streams
         )
-        columns = [pa.array(column, field.type) for column, field in zip(zip(*self._rows, strict=True), RECORDS, strict=True)]
-        return Built(part, rows, names, pa.table(columns, schema=RECORDS), after, self._missing, self._unread)
+        by_column = zip(*self._rows, strict=True)
+        records = [pa.array(column, field.type) for column, field in zip(by_column, RECORDS, strict=True)]
+        return Built(part, rows, names, pa.table(records, schema=RECORDS), after, self._missing, self._unread)
 
     def _values(self) -> tuple[Rows, Sequence[Series]]:
-        """Return all values, sorted, and what their series numbers name."""
+        """Return all values, and what their series numbers name."""
         own = {name: series_names(self._load(name)) for name in self._frames}
         names = sorted({series for each in own.values() for series in each})
         number = {series: at for at, series in enumerate(names)}
@@ -152,7 +154,7 @@ class Builder:
             return NOTHING, names
         rows = joined(parts)
         scaled, divisor = scale(rows.raw, rows.series, len(names))
-        return rows._replace(scaled=scaled, divisor=divisor).sorted(), names
+        return rows._replace(scaled=scaled, divisor=divisor), names
 
 
 def _laid(frames: list[tuple[int, tuple[I64, F64, U32]]], number: I64) -> Rows:

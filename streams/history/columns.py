@@ -1,7 +1,7 @@
 """How values and records stand in Parquet: columns that any reader understands, few bytes each.
 
-A part is two files. `values`: one row a value, sorted by (device, metric, observed_at), with the offset of its frame and
-its position there. `records`: one row a log record, so that the log can be told again in its order.
+A part is two files. `values`: one row a value, sorted by (device, metric, observed_at), with the offset of its frame
+and its position there. `records`: one row a log record, so that the log can be told again in its order.
 
 A sensor says decimals: 0.3125 is kept as 3125 / 10000, which is the same float64 bit for bit (checked for every value;
 what is no short decimal stands in `raw`). docs/history.md has the figures.
@@ -16,7 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from streams.history.arrow import ask_without_pandas
 from streams.log import F64, I64, U32
+
+ask_without_pandas()
 
 ROW_GROUP = 64 * 1024  # [U] one series of 1/min fills two thirds of a group a month: a chart of a year reads about 24
 ZSTD_LEVEL = 6  # [U] our choice: 9 and more save less than 2 % of our files and take twice the time
@@ -76,9 +79,9 @@ class Rows(NamedTuple):
         """Return the rows that `order` (a slice, a mask, an index) names."""
         return Rows(*(column[order] for column in self))
 
-    def sorted(self) -> Rows:
-        """Return the rows by series, then time, then as they came."""
-        return self.take(np.lexsort((self.position, self.offset, self.observed_at, self.series)))
+    def order(self) -> I64:
+        """Return what sorts the rows by series, then time, then as they came."""
+        return np.lexsort((self.position, self.offset, self.observed_at, self.series))
 
     def values(self) -> F64:
         """Return the values."""
@@ -115,8 +118,8 @@ def scale(value: F64, series: I64, count: int) -> tuple[I64, F64]:
 
 
 def values_table(rows: Rows, names: Sequence[Series]) -> pa.Table:
-    """Return sorted rows as the table of a `values` file."""
-    first, last = int(rows.series[0]), int(rows.series[-1])  # few names: rows are sorted
+    """Return rows in their order as the table of a `values` file."""
+    first, last = int(rows.series[0]), int(rows.series[-1])
     here = names[first : last + 1]
     columns = [_named([name[part] for name in here], rows.series - first) for part in (0, 1)]
     none = rows.divisor == 0
@@ -157,9 +160,10 @@ def writer(sink: Any, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def write_values(into: pq.ParquetWriter, rows: Rows, names: Sequence[Series]) -> None:
-    """Append sorted rows, a row group at a time."""
-    for start in range(0, len(rows.series), ROW_GROUP):
-        group = rows.take(slice(start, start + ROW_GROUP))
+    """Append rows in their order, a row group at a time: one group's copy of the columns is all the memory it takes."""
+    order = rows.order()
+    for start in range(0, len(order), ROW_GROUP):
+        group = rows.take(order[start : start + ROW_GROUP])
         into.write_table(values_table(group, names), row_group_size=ROW_GROUP)
 
 
@@ -167,8 +171,8 @@ def names_in(file: pq.ParquetFile) -> set[Series]:
     """Return the series of a `values` file."""
     found: set[Series] = set()
     for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=["device", "metric"])
-        found |= {(row["device"], row["metric"]) for row in table.group_by(["device", "metric"]).aggregate([]).to_pylist()}
+        named = file.read_row_group(group, columns=["device", "metric"]).group_by(["device", "metric"]).aggregate([])
+        found.update(zip(named["device"].to_pylist(), named["metric"].to_pylist(), strict=True))
     return found
 
 

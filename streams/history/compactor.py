@@ -6,7 +6,7 @@ every offset is there once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -16,10 +16,10 @@ from citybrain.errors import Damaged
 from citybrain.layout import Layout
 from citybrain.segments import Reader, Record, segments
 from citybrain.storage import OS_FILES, Files
-from streams.history.build import Builder
+from streams.history.build import Builder, Built
 from streams.history.manifest import Manifest, Part, history_folder, read_manifest, write_manifest
 from streams.history.merge import group_to_merge, merged
-from streams.history.parts import PartWriter
+from streams.history.parts import PartWriter, checksum_of
 from streams.log import FRAME_HEAD, Kind
 from streams.registry import Index, decode_registry
 
@@ -30,8 +30,8 @@ READ_BYTES = 4 * 1024 * 1024
 class Limits(msgspec.Struct, frozen=True):
     """When what waits becomes a part. [U] our choice: 150 MB of memory, and little to read for a chart of today."""
 
-    values: int = 400_000
-    records: int = 40_000
+    values: int = 150_000
+    records: int = 20_000
     age_ms: int = 15 * MINUTE_MS  # platform time since the oldest record that waits arrived
 
 
@@ -124,21 +124,28 @@ class Compactor:
         return len(self._waiting) if full or old or force else 0
 
     def _compact(self, records: list[Record]) -> None:
-        builder = Builder(self.manifest, self._index)
-        for record in records:
-            builder.take(record)
-        built = builder.finish()
-        writer = PartWriter(self.folder, built.part, self._files)
-        try:
-            writer.values(built.rows, built.names)
-            writer.records(built.records)
-            part = writer.finish()
-        finally:
-            writer.abandon()
+        built = self._built(records, self.manifest)
+        part = self._written(built)
         self._publish(msgspec.structs.replace(built.after, parts=(*self.manifest.parts, part)))
         self.counters.add("values_total", part.values)
         self.counters.add("missing_total", built.missing)
         self.counters.add("unread_total", built.unread)
+
+    def _built(self, records: Sequence[Record], before: Manifest) -> Built:
+        builder = Builder(before, self._index)
+        for record in records:
+            builder.take(record)
+        return builder.finish()
+
+    def _written(self, built: Built) -> Part:
+        """Return the part, durable; nothing names it yet."""
+        writer = PartWriter(self.folder, built.part, self._files)
+        try:
+            writer.values(built.rows, built.names)
+            writer.records(built.records)
+            return writer.finish()
+        finally:
+            writer.abandon()
 
     def _publish(self, manifest: Manifest) -> None:
         write_manifest(self.folder, manifest, self._files)
@@ -168,6 +175,58 @@ class Compactor:
         self._publish(msgspec.structs.replace(self.manifest, parts=parts))
         self._retired += group
         self.counters.add("merged_total", len(group))
+
+    def drop(self, parts: Sequence[Part]) -> None:
+        """Take the oldest parts out of the history: they are too old. Their files stay until `sweep`."""
+        if not parts:
+            return
+        kept = self.manifest.parts[len(parts) :]
+        self._publish(msgspec.structs.replace(self.manifest, parts=kept, dropped_before=parts[-1].next))
+        self._retired += parts
+
+    def set_aside(self, part: Part) -> None:
+        """Take a damaged part out of the history; its files are kept as `*.damaged`, and it is tried to be mended."""
+        parts = tuple(each for each in self.manifest.parts if each != part)
+        self._publish(msgspec.structs.replace(self.manifest, parts=parts, damaged=(*self.manifest.damaged, part)))
+        for name in (part.values_file, part.records_file):
+            if self._files.size(self.folder / name):
+                self._files.rename(self.folder / name, self.folder / f"{name}.damaged")
+
+    def damage_in(self, part: Part) -> str:
+        """Return what is wrong with a part's files, "" where they are what was written."""
+        for name, checksum in zip((part.values_file, part.records_file), part.checksums, strict=True):
+            path = self.folder / name
+            if not self._files.size(path):
+                return f"{path}: not there"
+            if checksum_of(path, self._files) != checksum:
+                return f"{path}: not what was written (its checksum differs)"
+        return ""
+
+    def mend(self) -> int:
+        """Make damaged parts anew from the log where it still has all their records; return how many."""
+        mended = 0
+        for part in self.manifest.damaged:
+            made = self._made_anew(part)
+            if not made:
+                continue
+            parts = tuple(sorted((*self.manifest.parts, *made), key=lambda each: each.first))
+            damaged = tuple(each for each in self.manifest.damaged if each != part)
+            self._publish(msgspec.structs.replace(self.manifest, parts=parts, damaged=damaged))
+            mended += 1
+        return mended
+
+    def _made_anew(self, part: Part) -> list[Part]:
+        reader = Reader(self._layout.log(self.shard), part.first, self._files)
+        state = Manifest(next=part.first, registry=part.registry)
+        made: list[Part] = []
+        while state.next < part.next:
+            records = [record for record in reader.read(READ_BYTES) if record.offset < part.next]
+            if not records or records[0].offset != state.next:
+                return []  # the log no longer has them: they stay missing
+            built = self._built(records, state)
+            made.append(msgspec.structs.replace(self._written(built), gaps=() if made else part.gaps))
+            state = built.after
+        return made
 
     def sweep(self) -> int:
         """Remove the files of parts that have been merged or dropped; return how many parts."""

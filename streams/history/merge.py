@@ -5,8 +5,7 @@ Inputs are read a few thousand rows at a time, so memory does not grow with them
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,37 +21,46 @@ from streams.history.parts import PartWriter
 FAN = 8  # [U] parts of a level that become one of the next, within a day
 MOST_INPUTS = 32
 MOST_VALUES = 100_000_000  # [U] a larger part would take longer to merge than is sensible; days then stay days
-BATCH = 8192
+BATCH = 4096
 
 
 def group_to_merge(parts: Sequence[Part]) -> tuple[Sequence[Part], int] | None:
     """Return neighbours that should be one part, and its level; None where all is well.
 
-    Within the present day FAN of one level; of a day that is over all; of a month that is over all.
+    Within the present day FAN of one level; of a day that is over all; of a month that is over all. What is missing
+    between two parts (set aside as damaged) may be mended: they are no neighbours.
     """
-    for _, month in groupby(parts, key=lambda part: part.month):
-        days = [list(day) for _, day in groupby(month, key=lambda part: part.day)]
-        for day in days:
-            over = day[-1] is not parts[-1]
-            found = _few(day, DAY) if over and day[-1].day != parts[-1].day else _level_up(day)
-            if found:
+    for month in _runs(parts, lambda part: part.month):
+        for day in _runs(month, lambda part: part.day):
+            found = _all_of(day, DAY) if day[0].day != parts[-1].day else _level_up(day)
+            if found is not None:
                 return found
-        all_of_it = [part for day in days for part in day]
-        if all_of_it[-1].month != parts[-1].month and (found := _few(all_of_it, MONTH)):
+        if month[0].month != parts[-1].month and (found := _all_of(month, MONTH)) is not None:
             return found
     return None
 
 
-def _few(parts: list[Part], level: int) -> tuple[Sequence[Part], int] | None:
+def _runs(parts: Sequence[Part], key: Callable[[Part], object]) -> list[list[Part]]:
+    """Return the parts in runs of neighbours with the same key."""
+    runs: list[list[Part]] = []
+    for part in parts:
+        if runs and runs[-1][-1].next == part.first and key(runs[-1][-1]) == key(part):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    return runs
+
+
+def _all_of(parts: list[Part], level: int) -> tuple[Sequence[Part], int] | None:
     group = parts[:MOST_INPUTS]
     return (group, level) if len(group) > 1 and sum(part.values for part in group) <= MOST_VALUES else None
 
 
 def _level_up(day: list[Part]) -> tuple[Sequence[Part], int] | None:
-    for level, run in groupby(day, key=lambda part: part.level):
-        group = list(run)[:FAN]
-        if level < DAY - 1 and len(group) == FAN and sum(part.values for part in group) <= MOST_VALUES:
-            return group, level + 1
+    for run in _runs(day, lambda part: part.level):
+        group, level = run[:FAN], run[0].level + 1
+        if level < DAY and len(group) == FAN and sum(part.values for part in group) <= MOST_VALUES:
+            return group, level
     return None
 
 
@@ -102,7 +110,8 @@ def in_order(inputs: Sequence[pq.ParquetFile], names: Sequence[Series]) -> Itera
     while held:
         bound = min(_key(rows, -1) for rows in held)
         counts = [_up_to(rows, bound) for rows in held]
-        yield joined([rows.take(slice(0, n)) for rows, n in zip(held, counts, strict=True)]).sorted()
+        found = joined([rows.take(slice(0, n)) for rows, n in zip(held, counts, strict=True)])
+        yield found.take(found.order())
         rest = [rows.take(slice(n, None)) for rows, n in zip(held, counts, strict=True)]
         filled = [rows if len(rows.series) else next(source, None) for rows, source in zip(rest, sources, strict=True)]
         sources = [source for rows, source in zip(filled, sources, strict=True) if rows is not None]
@@ -117,8 +126,8 @@ def _up_to(rows: Rows, key: tuple[int, int, int, int]) -> int:
     """Return how many of the sorted rows are not behind `key`."""
     low, high = 0, len(rows.series)
     for column, value in zip((rows.series, rows.observed_at, rows.offset, rows.position), key, strict=True):
-        inside = column[low:high]
-        low, high = low + int(np.searchsorted(inside, value, "left")), low + int(np.searchsorted(inside, value, "right"))
+        first, behind = np.searchsorted(column[low:high], (value, value + 1))
+        low, high = low + int(first), low + int(behind)
     return high
 
 
