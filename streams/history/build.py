@@ -97,7 +97,7 @@ class Builder:
             return False
         head, arrays = opened
         gateway = index.gateways[head.gateway].id
-        self._gaps.frame(gateway, head, arrays[0], beats=_beats(index, gateway))
+        self._gaps.frame(gateway, head, arrays[0], beats=beats(index, gateway))
         if head.values:
             self._frames[self._registry].append((record.offset, arrays))
         front = (record.offset, record.received_at, record.kind, gateway, int(head.lane), head.epoch, head.seq)
@@ -174,7 +174,7 @@ def _laid(frames: list[tuple[int, tuple[I64, F64, U32]]], number: I64) -> Rows:
     )
 
 
-def _beats(index: Index, gateway: str) -> bool:
+def beats(index: Index, gateway: str) -> bool:
     """Return whether a gateway reports about itself: then its silence tells."""
     number = index.device_index.get(gateway)
     return number is not None and index.devices[number].kind == "gateway"

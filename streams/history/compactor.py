@@ -58,7 +58,8 @@ class Compactor:
         self._waiting: list[Record] = []
         self._values = 0
         self._indexes: dict[str, Index] = {}
-        self._retired: list[Part] = []
+        self._retired: list[Part] = []  # no longer in the manifest, their files still there
+        self._leaving: list[Part] = []  # the same, and longer ago
 
     def start(self) -> None:
         """Read the manifest and remove what a crash left; raises Damaged where the manifest is not readable."""
@@ -229,8 +230,8 @@ class Compactor:
         return made
 
     def sweep(self) -> int:
-        """Remove the files of parts that have been merged or dropped; return how many parts."""
-        gone, self._retired = self._retired, []
+        """Remove the files of parts that had been merged or dropped by the last `sweep`; return how many parts."""
+        gone, self._leaving, self._retired = self._leaving, self._retired, []
         for part in gone:
             for name in (part.values_file, part.records_file):
                 self._files.remove(self.folder / name)

@@ -16,16 +16,16 @@ from types import FrameType
 from typing import Any
 
 from citybrain.cli import Subcommand, emit
-from citybrain.clock import Clock, iso, monotonic_s, real_unix_ms, wait_s
+from citybrain.clock import Clock, iso, monotonic_s, wait_s
 from citybrain.config import duration_text
 from citybrain.counters import Counters
 from citybrain.errors import Damaged, DiskFull, Unavailable
 from citybrain.layout import Layout
 from citybrain.mailbox import Mailbox
-from citybrain.mailbox import command as make_command
 from citybrain.storage import OS_FILES
 from streams.history.compactor import Compactor, Limits
 from streams.history.manifest import Manifest, history_folder, read_manifest
+from streams.history.query import MAILBOX, report_damage
 from streams.history.retention import (
     Retention,
     expired_segments,
@@ -39,7 +39,6 @@ IDLE_S = 0.5
 FULL_S = 2.0  # how long to wait for room on a full disk
 SWEEP_S = 120.0  # what a merge made needless stays so long: a chart may be reading it
 RETENTION_S = 600.0
-MAILBOX = "history"
 NICE = 10  # charts and files are never more urgent than an alarm
 
 
@@ -294,12 +293,6 @@ def _report(layout: Layout, compactor: Compactor) -> list[str]:
             report_damage(layout, compactor.shard, part.values_file)
             found.append(f"{wrong}; `citybrain history`, which runs, was asked to set it aside")
     return found
-
-
-def report_damage(layout: Layout, shard: int, file: str) -> None:
-    """Ask the history process to look at a part; durable. Raises StorageError."""
-    body = {"shard": shard, "file": file}
-    Mailbox(layout.mailbox(MAILBOX)).put(make_command("damaged", "reader", real_unix_ms(), body))
 
 
 def _serve(layout: Layout, shards: Sequence[int], args: argparse.Namespace) -> int:

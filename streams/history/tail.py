@@ -1,0 +1,152 @@
+"""The open tail: what the log holds and no part does yet, for one reader at a time.
+
+It follows the log as it is asked, and keeps what it has read while the compactor has not caught up with it; where that
+would be much (the compactor is down), the rest is read from the log each time.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from citybrain.layout import Layout
+from citybrain.segments import Reader, Record
+from streams.history.build import beats, open_frame
+from streams.history.columns import Series
+from streams.history.gaps import Gaps
+from streams.history.manifest import Gap, Manifest
+from streams.log import F64, I64, U32, Kind, decode_control
+from streams.registry import METRIC_INDEX, Index
+
+MOST_BYTES = 32 * 1024 * 1024  # a shard; the compactor leaves a few MB, unless it is down
+_GATEWAY = struct.Struct("<I")
+
+
+class Held(NamedTuple):
+    """A frame record and the registry that numbers it."""
+
+    registry: str
+    record: Record
+
+
+class Newest(NamedTuple):
+    """Values of the asked series in the tail, as they came; `series` indexes what was asked."""
+
+    series: I64
+    observed_at: I64
+    value: F64
+    offset: I64
+    position: I64
+
+
+class Tail:
+    """One shard's tail. `load` returns the index of a registry by its hash. May be used by several threads."""
+
+    def __init__(self, layout: Layout, shard: int, load: Callable[[str], Index]) -> None:
+        self._folder = layout.log(shard)
+        self._load = load
+        self._lock = threading.Lock()
+        self._held: deque[Held] = deque()
+        self._bytes = 0
+        self._registry = ""
+        self._next = 0
+
+    @property
+    def registry(self) -> str:
+        """The registry in force behind what was read last."""
+        return self._registry
+
+    def frames(self, manifest: Manifest) -> Iterator[Held]:
+        """Yield the frames behind the manifest's parts, in their order; raises Damaged, StorageError."""
+        with self._lock:
+            self._forget(manifest)
+            more = self._follow()
+            held, registry, offset = list(self._held), self._registry, self._next
+        yield from held
+        if more:
+            for found in self._read(registry, offset):
+                if found.record.kind == Kind.FRAME:
+                    yield found
+
+    def _forget(self, manifest: Manifest) -> None:
+        """Let go of what is in a part by now."""
+        while self._held and self._held[0].record.offset < manifest.next:
+            self._bytes -= len(self._held.popleft().record.payload)
+        if self._next <= manifest.next:
+            self._next, self._registry = manifest.next, manifest.registry
+
+    def _follow(self) -> bool:
+        """Take what is new; return whether there is more than we keep."""
+        for found in self._read(self._registry, self._next):
+            if self._bytes > MOST_BYTES:
+                return True
+            self._registry, self._next = found.registry, found.record.offset + 1
+            if found.record.kind == Kind.FRAME:
+                self._held.append(found)
+                self._bytes += len(found.record.payload)
+        return False
+
+    def _read(self, registry: str, offset: int) -> Iterator[Held]:
+        for record in Reader(self._folder, offset):
+            if record.kind == Kind.CONTROL:
+                control = decode_control(record.payload)
+                registry = control.content if control.what == "registry" else registry
+            yield Held(registry, record)
+
+    # --- what is asked ------------------------------------------------------------------------------------------
+
+    def values(self, manifest: Manifest, asked: Sequence[Series], from_ms: int, to_ms: int) -> Newest:
+        """Return the values of the asked series with from_ms <= observed_at < to_ms."""
+        found: list[Newest] = []
+        numbers: dict[str, tuple[set[int], I64]] = {}
+        for registry, record in self.frames(manifest):
+            if registry not in numbers:
+                numbers[registry] = self._numbers(registry, asked)
+            gateways, place = numbers[registry]
+            if len(record.payload) < _GATEWAY.size or _GATEWAY.unpack_from(record.payload)[0] not in gateways:
+                continue
+            opened = open_frame(record.payload, self._load(registry))
+            if opened is not None:
+                found.append(_picked(record.offset, *opened[1], place, from_ms, to_ms))
+        if not found:
+            none = np.empty(0, np.int64)
+            return Newest(none, none, np.empty(0, np.float64), none, none)
+        return Newest(*(np.concatenate(columns) for columns in zip(*found, strict=True)))
+
+    def _numbers(self, registry: str, asked: Sequence[Series]) -> tuple[set[int], I64]:
+        """Return the gateways that the asked series come from, and by series number its place in `asked` (-1: no)."""
+        if not registry:
+            return set(), np.empty(0, np.int64)
+        index = self._load(registry)
+        place = np.full(index.n_series, -1, np.int64)
+        gateways = set()
+        for at, (device, metric) in enumerate(asked):
+            known = index.device_index.get(device, -1)
+            number = int(index.series_of[known, METRIC_INDEX[metric]]) if known >= 0 else -1
+            if number >= 0:
+                place[number] = at
+                gateways.add(int(index.device_gateway[known]))
+        return gateways, place
+
+    def gaps(self, manifest: Manifest, gateway: str) -> tuple[tuple[Gap, ...], int]:
+        """Return the gaps of a gateway in the tail, and the highest time of its telemetry (-1: none yet)."""
+        gaps = Gaps({key: each for key, each in manifest.streams.items() if key.rpartition("/")[0] == gateway})
+        for registry, record in self.frames(manifest):
+            index = self._load(registry) if registry else None
+            opened = open_frame(record.payload, index)
+            if opened is not None and index is not None and index.gateways[opened[0].gateway].id == gateway:
+                gaps.frame(gateway, opened[0], opened[1][0], beats=beats(index, gateway))
+        stream = gaps.streams.get(f"{gateway}/telemetry")
+        return gaps.take(), stream.at_ms if stream is not None else -1
+
+
+def _picked(offset: int, observed_at: I64, value: F64, series: U32, place: I64, from_ms: int, to_ms: int) -> Newest:
+    """Return the values of one frame that are asked for."""
+    asked = place[series]
+    here = np.flatnonzero((asked >= 0) & (observed_at >= from_ms) & (observed_at < to_ms))
+    return Newest(asked[here], observed_at[here], value[here], np.full(len(here), offset, np.int64), here)
