@@ -156,6 +156,16 @@ class History:
             found.append(Gap(gateway, "telemetry", at_ms, now_ms, "silent"))
         return union(found, from_ms, to_ms)
 
+    def missing(self, from_ms: int, to_ms: int) -> list[Missing]:
+        """Return what is known to be missing of [from_ms, to_ms), of any device."""
+        found: list[Missing] = []
+        for shard in range(len(self._tails)):
+            folder = history_folder(self._layout, shard)
+            manifest = read_manifest(folder)
+            bad = [part for part in manifest.parts if self._is_bad(folder / part.values_file)]
+            found += [_missing(part) for part in touching((*bad, *manifest.damaged), from_ms, to_ms)]
+        return found
+
     # --- exports ------------------------------------------------------------------------------------------------
 
     def export(self, span: Span) -> Iterator[pa.RecordBatch]:
@@ -222,15 +232,18 @@ class History:
         for shard, tail in enumerate(self._tails):
             folder = history_folder(self._layout, shard)
             manifest = read_manifest(folder)
-            for part in touching(manifest.parts, span):
+            for part in touching(manifest.parts, span.from_ms, span.to_ms):
                 path = folder / part.values_file
-                if path in self._bad and self._bad[path] == _signature(path):
-                    missing.append(Missing(path.name, part.from_ms, part.until_ms))
+                if self._is_bad(path):
+                    missing.append(_missing(part))
                 else:
                     files.append(str(path))
-            missing += [Missing(p.values_file, p.from_ms, p.until_ms) for p in touching(manifest.damaged, span)]
+            missing += [_missing(part) for part in touching(manifest.damaged, span.from_ms, span.to_ms)]
             tails.append(_table(tail, manifest, asked, span))
         return Found(files, pa.concat_tables(tails), missing)
+
+    def _is_bad(self, path: Path) -> bool:
+        return path in self._bad and self._bad[path] == _signature(path)
 
     def _explained(self, found: Found) -> bool:
         """Return whether we now know why a query failed: a part is gone by a merge, or damaged (left out, reported)."""
@@ -272,9 +285,13 @@ def _begun(result: Any) -> tuple[list[pa.RecordBatch], Iterator[pa.RecordBatch]]
     return list(itertools.islice(batches, 1)), batches
 
 
-def touching(parts: Sequence[Part], span: Span) -> list[Part]:
-    """Return the parts that may hold values of a span."""
-    return [part for part in parts if part.values and part.from_ms < span.to_ms and part.until_ms >= span.from_ms]
+def touching(parts: Sequence[Part], from_ms: int, to_ms: int) -> list[Part]:
+    """Return the parts that may hold values of [from_ms, to_ms)."""
+    return [part for part in parts if part.values and part.from_ms < to_ms and part.until_ms >= from_ms]
+
+
+def _missing(part: Part) -> Missing:
+    return Missing(part.values_file, part.from_ms, part.until_ms)
 
 
 def _table(tail: Tail, manifest: Manifest, asked: Sequence[Series], span: Span) -> pa.Table:
