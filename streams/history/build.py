@@ -61,6 +61,15 @@ def open_frame(payload: bytes, index: Index | None) -> Opened | None:
     return (head, arrays) if not head.values or int(arrays[2].max()) < index.n_series else None
 
 
+def registry_of(payload: bytes) -> str:
+    """Return the registry that a control record puts in force, "" where it does not."""
+    try:
+        control = decode_control(payload)
+    except msgspec.DecodeError:
+        return ""
+    return control.content if control.what == "registry" else ""
+
+
 class Builder:
     """Takes the records of one part in their order."""
 
@@ -85,7 +94,7 @@ class Builder:
         if record.kind == Kind.FRAME and self._frame(record):
             return
         if record.kind == Kind.CONTROL:
-            self._control(record.payload)
+            self._registry = registry_of(record.payload) or self._registry
         front = (record.offset, record.received_at, record.kind)
         self._rows.append((*front, None, None, None, None, None, None, None, record.payload))
 
@@ -103,14 +112,6 @@ class Builder:
         front = (record.offset, record.received_at, record.kind, gateway, int(head.lane), head.epoch, head.seq)
         self._rows.append((*front, head.sent_at, head.values, head.checksum, None))
         return True
-
-    def _control(self, payload: bytes) -> None:
-        try:
-            control = decode_control(payload)
-        except msgspec.DecodeError:
-            return
-        if control.what == "registry":
-            self._registry = control.content
 
     def finish(self, level: int = 0) -> Built:
         """Return what was taken; at least one record."""

@@ -184,10 +184,8 @@ def batches(file: pq.ParquetFile, number: dict[Series, int], size: int) -> Itera
 
 def rows_of(batch: pa.RecordBatch, number: dict[Series, int]) -> Rows:
     """Return a batch of a `values` file, its series numbered by `number`."""
-    device, metric = (_dictionary(batch.column(name)) for name in ("device", "metric"))
-    pair = device[1].astype(np.int64) * len(metric[0]) + metric[1]
-    codes, inverse = np.unique(pair, return_inverse=True)
-    of = np.array([number[device[0][c // len(metric[0])], metric[0][c % len(metric[0])]] for c in codes.tolist()])
+    codes, names = numbered(batch)
+    of = np.array([number[name] for name in names], np.int64)
     zeros = {"scaled": 0, "divisor": 0.0, "raw": 0.0}
     rest = {
         name: batch.column(name).fill_null(zeros[name]) if name in zeros else batch.column(name)
@@ -195,7 +193,16 @@ def rows_of(batch: pa.RecordBatch, number: dict[Series, int]) -> Rows:
     }
     plain = {name: cast(Any, column).to_numpy(zero_copy_only=False) for name, column in rest.items()}
     plain["position"] = plain["position"].astype(np.int64)
-    return Rows(of[inverse].astype(np.int64), **plain)
+    return Rows(of[codes], **plain)
+
+
+def numbered(batch: pa.RecordBatch) -> tuple[I64, list[Series]]:
+    """Return (codes, names): row i of a batch with columns device and metric is of series names[codes[i]]."""
+    device, metric = (_dictionary(batch.column(name)) for name in ("device", "metric"))
+    pair = device[1].astype(np.int64) * max(len(metric[0]), 1) + metric[1]
+    different, codes = np.unique(pair, return_inverse=True)
+    names = [(device[0][each // len(metric[0])], metric[0][each % len(metric[0])]) for each in different.tolist()]
+    return codes.astype(np.int64), names
 
 
 def _dictionary(column: pa.Array) -> tuple[list[str], U32]:

@@ -189,14 +189,9 @@ class History:
             turns.release()
 
     def _opened(self) -> duckdb.DuckDBPyConnection:
-        import duckdb  # noqa: PLC0415  30 MB that a process without charts does without
-
         with self._opening:
             if self._database is None:
-                spill = self._layout.run / "duckdb"
-                self._database = duckdb.connect(
-                    ":memory:", config={"threads": THREADS, "memory_limit": MEMORY, "temp_directory": str(spill)}
-                )
+                self._database = open_database(self._layout)
         return self._database
 
     def _rows(self, cursor: duckdb.DuckDBPyConnection, span: Span, query: str, **more: int) -> tuple[Found, list[Any]]:
@@ -258,6 +253,16 @@ class History:
             self._bad[path] = _signature(path)
             report_damage(self._layout, shard, part.values_file)
         return gone or bool(damaged)
+
+
+def open_database(layout: Layout) -> duckdb.DuckDBPyConnection:
+    """Return a DuckDB of our own, in memory: it holds nothing, it reads Parquet; what is too much it sorts on disk."""
+    import duckdb  # noqa: PLC0415  30 MB that a process without charts does without
+
+    return duckdb.connect(
+        ":memory:",
+        config={"threads": THREADS, "memory_limit": MEMORY, "temp_directory": str(layout.run / "duckdb")},
+    )
 
 
 def report_damage(layout: Layout, shard: int, file: str) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 
 from citybrain.layout import Layout
 from citybrain.segments import Reader, Record
-from streams.history.build import beats, open_frame
+from streams.history.build import beats, open_frame, registry_of
 from streams.history.columns import Series
 from streams.history.gaps import Gaps
 from streams.history.manifest import Gap, Manifest
-from streams.log import F64, I64, U32, Kind, decode_control
+from streams.log import F64, I64, U32, Kind
 from streams.registry import METRIC_INDEX, Index
 
 MOST_BYTES = 32 * 1024 * 1024  # a shard; the compactor leaves a few MB, unless it is down
@@ -94,8 +94,7 @@ class Tail:
     def _read(self, registry: str, offset: int) -> Iterator[Held]:
         for record in Reader(self._folder, offset):
             if record.kind == Kind.CONTROL:
-                control = decode_control(record.payload)
-                registry = control.content if control.what == "registry" else registry
+                registry = registry_of(record.payload) or registry
             yield Held(registry, record)
 
     # --- what is asked ------------------------------------------------------------------------------------------
