@@ -106,7 +106,8 @@ def scale(value: F64, series: I64, count: int) -> tuple[I64, F64]:
         rows = np.flatnonzero(undecided[series])
         if not len(rows):
             break
-        whole = np.rint(value[rows] * power)
+        with np.errstate(over="ignore"):
+            whole = np.rint(value[rows] * power)
         small = np.abs(whole) < EXACT
         whole = np.where(small, whole, 0.0).astype(np.int64)
         fits = small & ((whole / power).view(np.int64) == bits[rows])  # bits: -0.0 is no decimal

@@ -6,7 +6,7 @@ every offset is there once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import msgspec
 
@@ -113,16 +113,16 @@ class Compactor:
         return bool(later)
 
     def _due(self, now_ms: int, *, force: bool) -> int:
-        """Return how many of the waiting records to make a part of: all of one day's, or 0."""
-        if not self._waiting:
-            return 0
-        day = self._waiting[0].received_at // DAY_MS
-        same = next((n for n, each in enumerate(self._waiting) if each.received_at // DAY_MS != day), None)
-        if same is not None:
-            return same
-        full = self._values >= self._limits.values or len(self._waiting) >= self._limits.records
-        old = now_ms - self._waiting[0].received_at >= self._limits.age_ms
-        return len(self._waiting) if full or old or force else 0
+        """Return how many of the waiting records to make a part of: of one day, and no more than the limits, or 0."""
+        values, first = 0, self._waiting[0].received_at if self._waiting else 0
+        for count, record in enumerate(self._waiting):
+            if record.received_at // DAY_MS != first // DAY_MS:
+                return count
+            values += _values_in(record)
+            if values >= self._limits.values or count + 1 >= self._limits.records:
+                return count + 1
+        old = bool(self._waiting) and now_ms - first >= self._limits.age_ms
+        return len(self._waiting) if old or force else 0
 
     def _compact(self, records: list[Record]) -> None:
         built = self._built(records, self.manifest)
@@ -142,6 +142,7 @@ class Compactor:
         """Return the part, durable; nothing names it yet."""
         writer = PartWriter(self.folder, built.part, self._files)
         try:
+            writer.start()
             writer.values(built.rows, built.names)
             writer.records(built.records)
             return writer.finish()
@@ -161,7 +162,7 @@ class Compactor:
 
     # --- merging ------------------------------------------------------------------------------------------------
 
-    def merge(self) -> Iterator[None]:
+    def merge(self) -> Generator[None, None, None]:
         """Merge one group of parts where one is due, yielding often; stop iterating, and nothing has happened.
 
         The files that it makes needless stay until `sweep`: somebody may be reading them.

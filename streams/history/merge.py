@@ -81,6 +81,7 @@ def merged(folder: Path, parts: Sequence[Part], level: int, files: Files) -> Gen
     )
     writer = PartWriter(folder, whole, files)
     try:
+        writer.start()
         inputs = [pq.ParquetFile(folder / part.values_file) for part in filled]
         names = sorted(set[Series]().union(*(names_in(file) for file in inputs)))
         waiting: list[Rows] = []

@@ -8,6 +8,7 @@ from pathlib import Path
 import google_crc32c
 import msgspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from citybrain.storage import Files
 from streams.history.columns import RECORDS, VALUES, Rows, Series, write_values, writer
@@ -55,24 +56,30 @@ class PartWriter:
     """Writes one part: values in the order of their file, records in the log's; `finish` makes both durable."""
 
     def __init__(self, folder: Path, part: Part, files: Files) -> None:
+        self._folder = folder
         self._part = part
-        self._sinks = [Sink(folder / name, files) for name in (part.values_file, part.records_file)]
-        self._values, self._records = (
-            writer(sink, schema) for sink, schema in zip(self._sinks, (VALUES, RECORDS), strict=True)
-        )
+        self._files = files
+        self._sinks: list[Sink] = []
+        self._writers: list[pq.ParquetWriter] = []
+
+    def start(self) -> None:
+        """Open the two files; raises StorageError."""
+        for name, schema in ((self._part.values_file, VALUES), (self._part.records_file, RECORDS)):
+            self._sinks.append(Sink(self._folder / name, self._files))
+            self._writers.append(writer(self._sinks[-1], schema))
 
     def values(self, rows: Rows, names: Sequence[Series]) -> None:
         """Append values; raises StorageError."""
-        write_values(self._values, rows, names)
+        write_values(self._writers[0], rows, names)
 
     def records(self, table: pa.Table) -> None:
         """Append records; raises StorageError."""
-        self._records.write_table(table)
+        self._writers[1].write_table(table)
 
     def finish(self) -> Part:
         """Sync both files; return the part with their size and checksums. Raises StorageError."""
-        self._values.close()
-        self._records.close()
+        for each in self._writers:
+            each.close()
         for sink in self._sinks:
             sink.finish()
             sink.close()

@@ -108,7 +108,7 @@ class _Values:
         self._offset: I64 = np.empty(0, np.int64)
 
     def take(self, count: int, offset: int) -> tuple[I64, F64, I64]:
-        """Return the next `count` values: time, value, series by our numbers. Raises Damaged if not all are `offset`'s."""
+        """Return the next `count` values: time, value, our series number. Raises Damaged if they are another's."""
         while len(self._at) < count and (batch := next(self._batches, None)) is not None:
             self._add(batch)
         if len(self._at) < count or (self._offset[:count] != offset).any():
