@@ -87,8 +87,8 @@ class Compactor:
         take = self._due(now_ms, force=force and not more)
         if take:
             self._compact(self._waiting[:take])
+            self._values -= sum(_values_in(record) for record in self._waiting[:take])
             del self._waiting[:take]
-            self._values = sum(_values_in(record) for record in self._waiting)
         return more or take > 0
 
     def _read(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ _GATEWAY = struct.Struct("<I")
 
 
 class Held(NamedTuple):
-    """A frame record and the registry that numbers it."""
+    """A record and the registry that is in force behind it."""
 
     registry: str
     record: Record
@@ -51,7 +51,7 @@ class Tail:
         self._folder = layout.log(shard)
         self._load = load
         self._lock = threading.Lock()
-        self._held: deque[Held] = deque()
+        self._held: dict[tuple[str, int], deque[Record]] = {}  # frames, by registry and gateway number there
         self._bytes = 0
         self._registry = ""
         self._next = 0
@@ -61,34 +61,41 @@ class Tail:
         """The registry in force behind what was read last."""
         return self._registry
 
-    def frames(self, manifest: Manifest) -> Iterator[Held]:
-        """Yield the frames behind the manifest's parts, in their order; raises Damaged, StorageError."""
+    def frames(self, manifest: Manifest, gateways: Callable[[str], Collection[int]]) -> list[Held]:
+        """Return the frames behind the manifest's parts, in their order; `gateways` says whose, by registry.
+
+        Raises Damaged, StorageError.
+        """
         with self._lock:
             self._forget(manifest)
             more = self._follow()
-            held, registry, offset = list(self._held), self._registry, self._next
-        yield from held
+            registry, offset = self._registry, self._next
+            kept = [(key, records) for key, records in self._held.items() if key[1] in gateways(key[0])]
+            found = [Held(key[0], record) for key, records in kept for record in records]
+        found.sort(key=lambda held: held.record.offset)
         if more:
-            for found in self._read(registry, offset):
-                if found.record.kind == Kind.FRAME:
-                    yield found
+            rest = ((held, _gateway(held.record)) for held in self._read(registry, offset))
+            found += [held for held, gateway in rest if gateway >= 0 and gateway in gateways(held.registry)]
+        return found
 
     def _forget(self, manifest: Manifest) -> None:
         """Let go of what is in a part by now."""
-        while self._held and self._held[0].record.offset < manifest.next:
-            self._bytes -= len(self._held.popleft().record.payload)
+        for records in self._held.values():
+            while records and records[0].offset < manifest.next:
+                self._bytes -= len(records.popleft().payload)
+        self._held = {key: records for key, records in self._held.items() if records}
         if self._next <= manifest.next:
             self._next, self._registry = manifest.next, manifest.registry
 
     def _follow(self) -> bool:
         """Take what is new; return whether there is more than we keep."""
-        for found in self._read(self._registry, self._next):
+        for registry, record in self._read(self._registry, self._next):
             if self._bytes > MOST_BYTES:
                 return True
-            self._registry, self._next = found.registry, found.record.offset + 1
-            if found.record.kind == Kind.FRAME:
-                self._held.append(found)
-                self._bytes += len(found.record.payload)
+            self._registry, self._next = registry, record.offset + 1
+            if (gateway := _gateway(record)) >= 0:
+                self._held.setdefault((registry, gateway), deque()).append(record)
+                self._bytes += len(record.payload)
         return False
 
     def _read(self, registry: str, offset: int) -> Iterator[Held]:
@@ -103,15 +110,16 @@ class Tail:
         """Return the values of the asked series with from_ms <= observed_at < to_ms."""
         found: list[Newest] = []
         numbers: dict[str, tuple[set[int], I64]] = {}
-        for registry, record in self.frames(manifest):
+
+        def asked_in(registry: str) -> tuple[set[int], I64]:
             if registry not in numbers:
                 numbers[registry] = self._numbers(registry, asked)
-            gateways, place = numbers[registry]
-            if len(record.payload) < _GATEWAY.size or _GATEWAY.unpack_from(record.payload)[0] not in gateways:
-                continue
+            return numbers[registry]
+
+        for registry, record in self.frames(manifest, lambda registry: asked_in(registry)[0]):
             opened = open_frame(record.payload, self._load(registry))
             if opened is not None:
-                found.append(_picked(record.offset, *opened[1], place, from_ms, to_ms))
+                found.append(_picked(record.offset, *opened[1], asked_in(registry)[1], from_ms, to_ms))
         if not found:
             none = np.empty(0, np.int64)
             return Newest(none, none, np.empty(0, np.float64), none, none)
@@ -132,16 +140,28 @@ class Tail:
                 gateways.add(int(index.device_gateway[known]))
         return gateways, place
 
+    def _number(self, registry: str, gateway: str) -> set[int]:
+        """Return the number of a gateway in a registry, if it has one."""
+        number = self._load(registry).gateway_index.get(gateway) if registry else None
+        return set() if number is None else {number}
+
     def gaps(self, manifest: Manifest, gateway: str) -> tuple[tuple[Gap, ...], int]:
         """Return the gaps of a gateway in the tail, and the highest time of its telemetry (-1: none yet)."""
         gaps = Gaps({key: each for key, each in manifest.streams.items() if key.rpartition("/")[0] == gateway})
-        for registry, record in self.frames(manifest):
-            index = self._load(registry) if registry else None
+        for registry, record in self.frames(manifest, lambda registry: self._number(registry, gateway)):
+            index = self._load(registry)
             opened = open_frame(record.payload, index)
-            if opened is not None and index is not None and index.gateways[opened[0].gateway].id == gateway:
+            if opened is not None:
                 gaps.frame(gateway, opened[0], opened[1][0], beats=beats(index, gateway))
         stream = gaps.streams.get(f"{gateway}/telemetry")
         return gaps.take(), stream.at_ms if stream is not None else -1
+
+
+def _gateway(record: Record) -> int:
+    """Return the number of a frame's gateway, -1 where it is no frame."""
+    if record.kind != Kind.FRAME or len(record.payload) < _GATEWAY.size:
+        return -1
+    return int(_GATEWAY.unpack_from(record.payload)[0])
 
 
 def _picked(offset: int, observed_at: I64, value: F64, series: U32, place: I64, from_ms: int, to_ms: int) -> Newest:
