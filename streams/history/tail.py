@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +54,7 @@ class Tail:
         self._held: dict[tuple[str, int], deque[Record]] = {}  # frames, by registry and gateway number there
         self._bytes = 0
         self._registry = ""
-        self._next = 0
+        self._reader = Reader(self._folder)  # kept: a new one would begin at its segment's beginning
 
     @property
     def registry(self) -> str:
@@ -69,12 +69,12 @@ class Tail:
         with self._lock:
             self._forget(manifest)
             more = self._follow()
-            registry, offset = self._registry, self._next
+            registry, offset = self._registry, self._reader.offset
             kept = [(key, records) for key, records in self._held.items() if key[1] in gateways(key[0])]
             found = [Held(key[0], record) for key, records in kept for record in records]
         found.sort(key=lambda held: held.record.offset)
         if more:
-            rest = ((held, _gateway(held.record)) for held in self._read(registry, offset))
+            rest = ((held, _gateway(held.record)) for held in _numbered(Reader(self._folder, offset), registry))
             found += [held for held, gateway in rest if gateway >= 0 and gateway in gateways(held.registry)]
         return found
 
@@ -84,25 +84,21 @@ class Tail:
             while records and records[0].offset < manifest.next:
                 self._bytes -= len(records.popleft().payload)
         self._held = {key: records for key, records in self._held.items() if records}
-        if self._next <= manifest.next:
-            self._next, self._registry = manifest.next, manifest.registry
+        if self._reader.offset <= manifest.next:
+            self._reader.offset, self._registry = manifest.next, manifest.registry
 
     def _follow(self) -> bool:
         """Take what is new; return whether there is more than we keep."""
-        for registry, record in self._read(self._registry, self._next):
-            if self._bytes > MOST_BYTES:
-                return True
-            self._registry, self._next = registry, record.offset + 1
-            if (gateway := _gateway(record)) >= 0:
-                self._held.setdefault((registry, gateway), deque()).append(record)
-                self._bytes += len(record.payload)
-        return False
-
-    def _read(self, registry: str, offset: int) -> Iterator[Held]:
-        for record in Reader(self._folder, offset):
-            if record.kind == Kind.CONTROL:
-                registry = registry_of(record.payload) or registry
-            yield Held(registry, record)
+        while self._bytes <= MOST_BYTES:
+            records = self._reader.read()
+            if not records:
+                return False
+            for registry, record in _numbered(records, self._registry):
+                self._registry = registry
+                if (gateway := _gateway(record)) >= 0:
+                    self._held.setdefault((registry, gateway), deque()).append(record)
+                    self._bytes += len(record.payload)
+        return True
 
     # --- what is asked ------------------------------------------------------------------------------------------
 
@@ -155,6 +151,14 @@ class Tail:
                 gaps.frame(gateway, opened[0], opened[1][0], beats=beats(index, gateway))
         stream = gaps.streams.get(f"{gateway}/telemetry")
         return gaps.take(), stream.at_ms if stream is not None else -1
+
+
+def _numbered(records: Iterable[Record], registry: str) -> Iterator[Held]:
+    """Yield records with the registry that is in force behind each, `registry` before the first."""
+    for record in records:
+        if record.kind == Kind.CONTROL:
+            registry = registry_of(record.payload) or registry
+        yield Held(registry, record)
 
 
 def _gateway(record: Record) -> int:
