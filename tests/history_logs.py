@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-import pyarrow.parquet as pq
-
 from citybrain.clock import DAY_MS
 from citybrain.counters import Counters
 from citybrain.layout import Layout
@@ -14,7 +12,7 @@ from citybrain.model import Lane
 from citybrain.segments import Record, Writer
 from citybrain.storage import OS_FILES, Files
 from streams.history.build import open_frame, registry_of
-from streams.history.columns import rows_of
+from streams.history.columns import opened, rows_of
 from streams.history.compactor import Compactor, Limits
 from streams.history.manifest import Part
 from streams.log import Kind
@@ -83,7 +81,7 @@ def merge_all(compactor: Compactor) -> int:
 def rows_in(compactor: Compactor, part: Part) -> list[Row]:
     """Return a part's values in the order of its file."""
     found: list[Row] = []
-    file = pq.ParquetFile(compactor.folder / part.values_file)
+    file = opened(compactor.folder / part.values_file)
     for batch in file.iter_batches(500):
         names = sorted(set(zip(batch.column("device").to_pylist(), batch.column("metric").to_pylist(), strict=True)))
         rows = rows_of(batch, {name: at for at, name in enumerate(names)})

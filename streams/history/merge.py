@@ -14,14 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from citybrain.storage import Files
-from streams.history.columns import RECORDS, ROW_GROUP, Rows, Series, batches, joined, names_in
+from streams.history.columns import BATCH, RECORDS, ROW_GROUP, Rows, Series, batches, joined, names_in, opened
 from streams.history.manifest import DAY, MONTH, Part
 from streams.history.parts import PartWriter
 
 FAN = 8  # [U] parts of a level that become one of the next, within a day
-MOST_INPUTS = 32
+MOST_INPUTS = 12  # [U] at once: each takes about 2 MB
 MOST_VALUES = 100_000_000  # [U] a larger part would take longer to merge than is sensible; days then stay days
-BATCH = 4096
 
 
 def group_to_merge(parts: Sequence[Part]) -> tuple[Sequence[Part], int] | None:
@@ -82,7 +81,7 @@ def merged(folder: Path, parts: Sequence[Part], level: int, files: Files) -> Gen
     writer = PartWriter(folder, whole, files)
     try:
         writer.start()
-        inputs = [pq.ParquetFile(folder / part.values_file) for part in filled]
+        inputs = [opened(folder / part.values_file) for part in filled]
         names = sorted(set[Series]().union(*(names_in(file) for file in inputs)))
         waiting: list[Rows] = []
         for rows in in_order(inputs, names):
@@ -100,12 +99,13 @@ def merged(folder: Path, parts: Sequence[Part], level: int, files: Files) -> Gen
         return writer.finish()
     finally:
         writer.abandon()
+        pa.default_memory_pool().release_unused()
 
 
 def in_order(inputs: Sequence[pq.ParquetFile], names: Sequence[Series]) -> Iterator[Rows]:
     """Yield the rows of sorted files as one sorted sequence, in pieces of any size."""
     number = {series: at for at, series in enumerate(names)}
-    sources = [batches(file, number, BATCH) for file in inputs]
+    sources = [batches(file, number) for file in inputs]
     held = [rows for source in sources if (rows := next(source, None)) is not None]
     sources = sources[: len(held)]  # every input has rows
     while held:

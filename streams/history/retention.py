@@ -11,12 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import msgspec
-from sqlalchemy import select
 
 from citybrain.clock import DAY_MS
 from citybrain.config import Duration, load_yaml
-from citybrain.db.schema import consumed
-from citybrain.db.store import open_store
 from citybrain.errors import CityBrainError, ConfigError
 from citybrain.layout import Layout
 from citybrain.segments import Reader, segment_name, segments
@@ -103,6 +100,11 @@ def _desk_needs(layout: Layout, shard: int, files: Files, most: int) -> int:
     written = files.marked(layout.transitions(shard) / "committed")
     if not written:
         return most
+    from sqlalchemy import select  # noqa: PLC0415  30 MB that only retention needs
+
+    from citybrain.db.schema import consumed  # noqa: PLC0415
+    from citybrain.db.store import open_store  # noqa: PLC0415
+
     try:
         store = open_store(layout.database, readonly=True)
     except CityBrainError:  # no desk has ever run here: everything waits for it
@@ -134,6 +136,8 @@ def expired_segments(
     firsts = segments(files, folder)
     followed = [first_received_ms(folder, following, files) for following in firsts[1:]]
     expired = [at is not None and at < now_ms - kept_ms for at in followed]
+    if not expired or not expired[0]:
+        return []
     return removable_segments(firsts, needed(layout, shard, manifest, files).offset, expired)
 
 
