@@ -137,6 +137,23 @@ def test_a_reported_part_is_set_aside_and_made_anew(layout: Layout) -> None:
     assert OS_FILES.names(layout.mailbox("history")) == []
 
 
+def test_what_is_damaged_is_not_merged_into_something_larger(layout: Layout) -> None:
+    log = busy_log(layout, 150, 7)
+    write(layout, log.records)
+    compactor = compacted(layout, FEW)
+    bad = compactor.manifest.parts[2]
+    (compactor.folder / bad.records_file).write_bytes(b"")
+    process = HistoryProcess(layout, [0], RunClock(START, START, 0.0), Retention())
+    process.start()
+    while process.step():
+        pass
+    manifest = read_manifest(compactor.folder)
+    assert manifest.damaged == ()
+    assert max(part.level for part in manifest.parts) > 0
+    assert list(frames(layout, 0, 0, len(log.records))) == log.records
+    assert process.counters.values["errors_total{stage=damaged_part}"] == 1
+
+
 # --- commands ---------------------------------------------------------------------------------------------------
 
 

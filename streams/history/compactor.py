@@ -104,8 +104,9 @@ class Compactor:
 
     def _pass_over(self, error: Damaged) -> bool:
         """Go on behind a segment that cannot be read, if there is one; its offsets are counted as missing."""
-        self.counters.warn(str(error))
-        self.counters.add("errors_total", stage="log")
+        if self.counters.warnings[-1:] != [str(error)]:  # it is tried again and again where nothing is behind it
+            self.counters.warn(str(error))
+            self.counters.add("errors_total", stage="log")
         found = segments(self._files, self._layout.log(self.shard))
         later = [first for first in found if first > self._reader.offset]
         if later:
@@ -165,12 +166,17 @@ class Compactor:
     def merge(self) -> Generator[None, None, None]:
         """Merge one group of parts where one is due, yielding often; stop iterating, and nothing has happened.
 
-        The files that it makes needless stay until `sweep`: somebody may be reading them.
+        The files that it makes needless stay until `sweep`: somebody may be reading them. Raises Damaged where a part
+        is not what was written: what is damaged must not become part of something larger.
         """
         found = group_to_merge(self.manifest.parts)
         if found is None:
             return
         group, level = found
+        for part in group:
+            if wrong := self.damage_in(part):
+                raise Damaged(str(self.folder / part.values_file), 0, wrong)
+            yield
         part = yield from merged(self.folder, group, level, self._files)
         first = self.manifest.parts.index(group[0])
         parts = (*self.manifest.parts[:first], part, *self.manifest.parts[first + len(group) :])

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from citybrain.errors import Damaged
 from citybrain.storage import Files
 from streams.history.columns import BATCH, RECORDS, ROW_GROUP, Rows, Series, batches, joined, names_in, opened
 from streams.history.manifest import DAY, MONTH, Part
@@ -97,6 +98,8 @@ def merged(folder: Path, parts: Sequence[Part], level: int, files: Files) -> Gen
             writer.records(table)
             yield
         return writer.finish()
+    except (pa.ArrowException, OSError) as error:
+        raise Damaged(f"{folder}: parts {parts[0].values_file} and behind", 0, str(error)) from error
     finally:
         writer.abandon()
         pa.default_memory_pool().release_unused()

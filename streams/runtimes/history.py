@@ -120,10 +120,9 @@ class HistoryProcess:
                 self._publish()
                 if self._stopping:
                     return False
-        except Damaged as error:
-            self.counters.warn(str(error))
-            self.counters.add("errors_total", stage="merge")
-            return False
+        except Damaged:
+            if not check(compactor, self.counters):
+                raise
         return compactor.manifest is not before
 
     def _housekeeping(self, now_ms: int) -> None:
