@@ -10,7 +10,7 @@ import msgspec
 from citybrain.clock import SECOND_MS
 from citybrain.model import Lane
 from streams.history.manifest import Gap, Stream
-from streams.log import I64, FrameHead
+from streams.log import FrameHead
 
 SILENT_MS = 90 * SECOND_MS  # [U] nine heartbeats; also when the API calls a gateway offline
 REPLAYED_EPOCH = 0  # frames out of quarantine: not the gateway's own order
@@ -23,22 +23,25 @@ class Gaps:
         self.streams = {key: msgspec.structs.replace(each) for key, each in streams.items()}
         self._found: list[Gap] = []
 
-    def frame(self, gateway: str, head: FrameHead, observed_at: I64, *, beats: bool) -> None:
-        """Take a frame of a gateway; `beats`: it reports about itself every few seconds, so that silence tells."""
+    def frame(self, gateway: str, head: FrameHead, span: tuple[int, int] | None, *, beats: bool) -> None:
+        """Take a frame of a gateway; span: the first and last time of its values, None where it has none.
+
+        beats: the gateway reports about itself every few seconds, so that silence tells.
+        """
         if head.epoch == REPLAYED_EPOCH:
             return
         known = self.streams.setdefault(f"{gateway}/{head.lane.topic}", Stream(head.epoch, head.seq - 1))
         if head.epoch == known.epoch:
             known.lost += max(head.seq - known.seq - 1, 0)
         known.epoch, known.seq = head.epoch, head.seq
-        if not len(observed_at):
+        if span is None:
             return
-        first = int(observed_at.min())
+        first, last = span
         silent = beats and head.lane is Lane.TELEMETRY and first - known.at_ms > SILENT_MS
         why = "missing" if known.broken else "evicted" if known.lost else "silent" if silent else ""
         if why and 0 <= known.at_ms < first:
             self._found.append(Gap(gateway, head.lane.topic, known.at_ms, first, why, known.lost))
-        known.at_ms = max(known.at_ms, int(observed_at.max()))
+        known.at_ms = max(known.at_ms, last)
         known.lost, known.broken = 0, False
 
     def missing(self) -> None:

@@ -148,7 +148,9 @@ class Tail:
             index = self._load(registry)
             opened = open_frame(record.payload, index)
             if opened is not None:
-                gaps.frame(gateway, opened[0], opened[1][0], beats=beats(index, gateway))
+                at = opened[1][0]
+                span = (int(at.min()), int(at.max())) if len(at) else None
+                gaps.frame(gateway, opened[0], span, beats=beats(index, gateway))
         stream = gaps.streams.get(f"{gateway}/telemetry")
         return gaps.take(), stream.at_ms if stream is not None else -1
 
