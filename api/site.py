@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, HTTPException, Request
 from sqlalchemy import Connection, Engine
@@ -19,6 +19,9 @@ from citybrain.errors import CityBrainError
 from citybrain.layout import Layout, Run
 from citybrain.mailbox import Mailbox
 from streams.ruleset import Rule, decode_ruleset
+
+if TYPE_CHECKING:
+    from streams.history.query import History
 
 PIPELINE = ("ingest", "worker", "desk")  # without each of these no reading becomes a case
 MANY_RULESETS = 64
@@ -60,6 +63,7 @@ class Site:
         self._engine: Engine | None = None
         self._opening = threading.Lock()
         self._rules: dict[str, Mapping[str, Rule]] = {}
+        self._history: History | None = None
 
     @contextlib.contextmanager
     def database(self) -> Iterator[Connection]:
@@ -71,6 +75,16 @@ class Site:
                 self._engine = open_store(self.layout.database, readonly=True)
         with self._engine.connect() as connection:
             yield connection
+
+    @property
+    def history(self) -> History:
+        """Charts and exports; what they need is loaded by the first who asks."""
+        with self._opening:
+            if self._history is None:
+                from streams.history.query import History  # noqa: PLC0415  60 MB
+
+                self._history = History(self.layout, self.run.shards)
+        return self._history
 
     def heartbeats(self) -> dict[str, Heartbeat]:
         """Return the last heartbeat of every process that ever said something, by its name."""

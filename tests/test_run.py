@@ -367,7 +367,7 @@ def test_everything_is_live_in_time(started: Started) -> None:
     assert started.live.get("live") is True, "see the logs in its run folder"
     assert isinstance(started.live["took_s"], float)
     assert started.live["took_s"] < 20
-    names = ("ingest", "worker", "desk", "api", "cloud", "platform", "operator", "simulate")
+    names = ("ingest", "worker", "history", "desk", "api", "cloud", "platform", "operator", "simulate")
     assert all(started.pid(name) for name in names)
     assert len(started.descendants()) == len(names) + 1  # and the broker
     status = subprocess.run(

@@ -186,6 +186,7 @@ def parts_of(layout: Layout, run: Run, *, simulate: bool) -> list[Part]:
         Part("migrate", own("migrate"), once=True),
         Part("ingest", own("ingest"), proof="connected", least=1.0, wave=1),
         *(Part(name, own("worker", *which), proof="lag_s", wave=1) for name, which in workers_of(run)),
+        Part("history", own("history"), proof="history_lag_s", wave=1),
         Part("desk", own("desk"), after=("migrate",), proof="lag_s", wave=1),
         Part("api", own("api"), after=("migrate",), port=run.api_port, wave=1),
     ]
