@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import Depends, HTTPException, Request
 from sqlalchemy import Connection, Engine
 
+from api.disk import DiskWatch
 from api.readings import Latest
 from citybrain.clock import Clock, real_unix_ms
 from citybrain.counters import Counters, Heartbeat, read_heartbeats
@@ -56,6 +57,7 @@ class Site:
         self.counters = counters
         self.desk = Mailbox(layout.mailbox("desk"))
         self.ingest = Mailbox(layout.mailbox("ingest"))
+        self.disk = DiskWatch(layout.root)
         self.intake = threading.Lock()  # one verdict at a time: "is it known" and "store it" belong together
         self._engine: Engine | None = None
         self._opening = threading.Lock()
@@ -73,8 +75,8 @@ class Site:
             yield connection
 
     def heartbeats(self) -> dict[str, Heartbeat]:
-        """Return the last heartbeat of every process that ever said something, by its name."""
-        return {beat.process: beat for beat in read_heartbeats(self.layout.run)}
+        """Return the last heartbeat of every process of this run that ever said something, by its name."""
+        return of_this_run({beat.process: beat for beat in read_heartbeats(self.layout.run)}, real_unix_ms())
 
     def rule(self, ruleset: str, rule: str) -> Rule | None:
         """Return a rule as it was in the rule set that decided, None where that can no longer be read."""
@@ -94,30 +96,50 @@ class Site:
             self._engine.dispose()
 
 
+def role_of(process: str) -> str:
+    """Return what a process does, whichever of several it is.
+
+    >>> role_of("worker-1"), role_of("desk")
+    ('worker', 'desk')
+    """
+    return process.partition("-")[0]
+
+
+def of_this_run(beats: Mapping[str, Heartbeat], now_ms: int) -> dict[str, Heartbeat]:
+    """Leave out what an earlier run with other processes left behind: silent, and unknown to the live supervisor."""
+    run = beats.get("run")
+    if run is None or not run.live(now_ms) or "parts" not in run.details:
+        return dict(beats)
+    parts = {"run", *run.details["parts"]}
+    return {name: beat for name, beat in beats.items() if name in parts or beat.live(now_ms)}
+
+
 def not_live(beats: Mapping[str, Heartbeat], now_ms: int | None = None) -> list[str]:
     """Return, in words, why the run is not live; an empty list when it is. `now_ms` is real time."""
     now_ms = real_unix_ms() if now_ms is None else now_ms
     missing = []
-    for name in PIPELINE:
-        beat = beats.get(name)
-        if beat is None:
-            missing.append(f"{name} has not started")
-        elif not beat.live(now_ms):
-            missing.append(f"{name} was last heard {(now_ms - beat.at) / 1000:.0f} s ago")
-        elif not ready(beat):
-            missing.append(f"{name} is not ready ({_why(beat)})")
+    for role in PIPELINE:
+        mine = {name: beat for name, beat in sorted(beats.items()) if role_of(name) == role}
+        if not mine:
+            missing.append(f"{role} has not started")
+        for name, beat in mine.items():
+            if not beat.live(now_ms):
+                missing.append(f"{name} was last heard {(now_ms - beat.at) / 1000:.0f} s ago")
+            elif not ready(beat):
+                missing.append(f"{name} is not ready ({_why(beat)})")
     return missing
 
 
 def ready(beat: Heartbeat) -> bool:
     """Return whether a process does its work: ingest while the broker has it, worker and desk once they measure lag."""
-    if beat.process == "ingest":
+    role = role_of(beat.process)
+    if role == "ingest":
         return beat.gauges.get("connected", 0.0) >= 1.0
-    return beat.process not in PIPELINE or "lag_s" in beat.gauges
+    return role not in PIPELINE or "lag_s" in beat.gauges
 
 
 def _why(beat: Heartbeat) -> str:
-    return "not connected to the broker" if beat.process == "ingest" else "starting"
+    return "not connected to the broker" if role_of(beat.process) == "ingest" else "starting"
 
 
 def _site(request: Request) -> Site:

@@ -60,30 +60,128 @@ def language(environment: Mapping[str, str]) -> str:
 
 
 def lines(status: Mapping[str, Any], language: str) -> list[str]:
-    """Return the status for a terminal."""
-    from citybrain.i18n import text  # noqa: PLC0415  the catalogue costs more than the rest of this command
-
-    dropped = ", ".join(f"{reason} {count}" for reason, count in status["dropped"].items()) or "0"
-    gateways = status["gateways"]
-    facts: dict[str, object] = {
-        "readings": status["readings"],
-        "dropped": dropped,
-        "alarms_open": status["alarms_open"],
-        "incidents_open": status["incidents_open"],
-        "cases": text("status.of_which_open", language, total=status["cases"], open=status["cases_open"]),
-        "rescues": text("status.of_which_open", language, total=status["rescues"], open=status["rescues_open"]),
-        "maintenance": status["maintenance"],
-        "closed": status["closed"],
-        "delivered": text("status.waiting", language, total=status["delivered"], waiting=status["undelivered"]),
-        "lag_s": f"{status['lag_s']:g} s",
-        "gateways": text("status.of_online", language, online=gateways["online"], total=gateways["total"]),
-    }
-    found = [f"{text('status.' + key, language)}: {value}" for key, value in facts.items()]
-    found.append(f"{text('status.processes', language)}:")
+    """Return the status for a terminal: how it does first, then why, then the numbers."""
+    words = Words(language)
+    found = verdict(status["health"], language)
+    for name, value in (*pipeline(status, words), *work(status, words)):
+        found.append(f"{words('status.' + name)}: {value}")
+    found.append(f"{words('status.processes')}:")
     for name, process in status["processes"].items():
         state = "ready" if process["ready"] else "live" if process["live"] else "silent"
-        found.append(f"  {name:<10} {text('process.' + state, language)}  pid {process['pid']}")
+        again = "  " + words("status.restarts", count=process["restarts"]) if process["restarts"] else ""
+        found.append(f"  {name:<10} {words('process.' + state)}  pid {process['pid']}{again}")
     return found
+
+
+class Words:
+    """The catalogue in one language."""
+
+    def __init__(self, language: str) -> None:
+        from citybrain.i18n import catalogue  # noqa: PLC0415  it costs more than the rest of this command
+
+        self.language = language
+        self._catalogue = catalogue()
+
+    def __call__(self, key: str, **facts: object) -> str:
+        return self._catalogue[key](self.language, **facts)
+
+    def drop(self, reason: str) -> str:
+        """Return why something was not used; the code itself where it has no text."""
+        return self(f"drop.{reason}") if f"drop.{reason}" in self._catalogue else reason
+
+    def amounts(self, drops: Mapping[str, float]) -> str:
+        """Return how much was not used, by reason."""
+        return ", ".join(f"{self.drop(reason)} {amount:g}" for reason, amount in drops.items()) or "0"
+
+
+SIGNS = {"well": "●", "degraded": "▲", "down": "■"}
+
+
+def verdict(health: Mapping[str, Any], language: str) -> list[str]:
+    """Return the one line that matters, with its two most pressing reasons, and a line for each further one."""
+    reasons = [reason["text"][language] for reason in health["reasons"]]
+    first = " · ".join(reasons[:2])
+    line = f"{SIGNS[health['level']]} {health['text'][language]}"
+    return [f"{line}: {first}" if first else line, *(f"  {reason}" for reason in reasons[2:])]
+
+
+def pipeline(status: Mapping[str, Any], words: Words) -> list[tuple[str, str]]:
+    """Return what an operator of the pipeline looks at."""
+    lag = " · ".join(
+        f"{words('stage.' + name)} {stage['now_s']:.2f} / {stage['p99_s']:.2f} s"
+        for name, stage in status["lag"].items()
+    )
+    per_s = words("status.per_s", amount=f"{status['readings_per_s']:g}", total=f"{status['readings']:,}")
+    dropped = words(
+        "status.dropped_of", recent=words.amounts(status["dropped_per_min"]), total=words.amounts(status["dropped"])
+    )
+    return [
+        ("lag", lag),
+        ("readings", per_s),
+        ("dropped", dropped),
+        ("gateways", _gateways(status["gateways"], words)),
+        ("quarantine", _quarantine(status["quarantine"], words)),
+        ("disk", _disk(status["disk"], words)),
+    ]
+
+
+def _gateways(gateways: Mapping[str, Any], words: Words) -> str:
+    found = words("status.of_online", online=gateways["online"], total=gateways["total"])
+    found += " · " + words("status.spooled", amount=gateways["spooled"])
+    late = [
+        words("status.late", gateway=each["id"], late=_span(each["late_s"], words), spooled=each["spooled"] or 0)
+        for each in gateways["late"][:5]
+    ]
+    return " · ".join([found, *late])
+
+
+def _span(seconds: float | None, words: Words) -> str:
+    from api.health import span  # noqa: PLC0415  as above
+
+    return words("status.never") if seconds is None else span(seconds, words.language)
+
+
+def _quarantine(quarantine: Mapping[str, Any], words: Words) -> str:
+    who = ", ".join(f"{device} {amount}" for device, amount in list(quarantine["devices"].items())[:5])
+    return f"{quarantine['messages']} ({who})" if who else str(quarantine["messages"])
+
+
+def _disk(disk: Mapping[str, Any] | None, words: Words) -> str:
+    if disk is None:
+        return "?"
+    facts = {"percent": f"{disk['used_share'] * 100:.0f}", "free": size(disk["free_bytes"])}
+    grows = disk["grows_bytes_per_day"]
+    found = words("status.disk_used", **facts, data=size(disk["data_bytes"]))
+    return found if grows is None else found + " · " + words("status.grows", amount=size(grows))
+
+
+def size(amount: float) -> str:
+    """Return bytes as a person says them.
+
+    >>> size(3_400_000_000)
+    '3.4 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(amount) < 1000:
+            return f"{amount:.{1 if unit != 'B' else 0}f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"
+
+
+def work(status: Mapping[str, Any], words: Words) -> list[tuple[str, str]]:
+    """Return what the pipeline has made."""
+    outbox = status["outbox"]
+    waits = _span(outbox["oldest_s"], words) if outbox["waiting"] else "0"
+    delivered = words("status.delivered_of", total=status["delivered"], waiting=outbox["waiting"], oldest=waits)
+    return [
+        ("alarms_open", str(status["alarms_open"])),
+        ("incidents_open", str(status["incidents_open"])),
+        ("cases", words("status.of_which_open", total=status["cases"], open=status["cases_open"])),
+        ("rescues", words("status.of_which_open", total=status["rescues"], open=status["rescues_open"])),
+        ("maintenance", str(status["maintenance"])),
+        ("closed", str(status["closed"])),
+        ("delivered", delivered + (" · " + words("status.dead", count=outbox["dead"]) if outbox["dead"] else "")),
+    ]
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

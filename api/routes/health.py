@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 
+import msgspec
 from fastapi import APIRouter, Response
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from sqlalchemy import Connection, func, select
 
+from api import vitals
+from api.disk import Disk
+from api.health import LEVELS, LIMITS, Late, Reason, judge, level_of
 from api.routes import answers, rows
-from api.site import PIPELINE, Here, Problem, Site, not_live, ready
+from api.site import Here, Problem, Site, not_live, ready, role_of
 from api.status import run_name
 from citybrain.clock import real_unix_ms
-from citybrain.counters import Heartbeat
+from citybrain.counters import BOUNDS_S, Heartbeat
 from citybrain.db.schema import alarms, cases, incidents, outbox
 
 router = APIRouter(tags=["health"])
 
-GATEWAY_SILENT_MS = 90_000  # as the rule gateway_offline has it
-OURS = (*PIPELINE, "api")
-_LABELLED = re.compile(r"^(?P<name>\w+)\{(?P<label>\w+)=(?P<value>.*)\}$")
 PREFIX = "citybrain_"
 
 
@@ -48,65 +50,105 @@ def status(site: Here) -> answers.Status:
     beats, now_ms = site.heartbeats(), real_unix_ms()
     missing = not_live(beats, now_ms)
     counts = database_counts(site)
-    ingest = beats.get("ingest")
+    known = vitals.vitals(site, beats, now_ms, counts["undelivered"])
+    readings, per_min = vitals.readings(beats, now_ms)
+    waiting, devices = vitals.quarantine(beats)
     return answers.Status(
+        health=condition(judge(known)),
         live=not missing,
         missing=missing,
         run=run_name(site.run),
         at=site.clock.now_ms(),
         speed=site.run.clock.speed,
-        readings=ingest.counters.get("readings_total", 0) if ingest else 0,
-        dropped=dropped(beats),
+        readings=readings,
+        readings_per_s=round(per_min / 60, 1),
+        dropped=vitals.dropped(beats),
+        dropped_per_min=vitals.dropped_per_min(beats, now_ms),
         lag_s=lag_s(beats),
-        gateways=gateways(site),
+        lag={name: answers.Stage(**msgspec.to_builtins(stage)) for name, stage in known.stages.items()},
+        gateways=gateways(site, known.late),
+        quarantine=answers.Quarantine(messages=waiting, devices=devices),
+        disk=disk_state(known.disk),
+        outbox=answers.OutboxState(
+            waiting=counts["undelivered"] - counts["dead"], oldest_s=known.outbox_s, dead=counts.pop("dead")
+        ),
+        restarts=vitals.restarts(beats),
         processes=processes(beats, now_ms),
         **counts,
     )
 
 
-def dropped(beats: Mapping[str, Heartbeat]) -> dict[str, int]:
-    """Return what our own processes did not use, by reason."""
-    found: dict[str, int] = {}
-    for name in OURS:
-        for key, amount in beats[name].counters.items() if name in beats else ():
-            match = _LABELLED.match(key)
-            if match and match["name"] == "dropped_total" and amount:
-                found[match["value"]] = found.get(match["value"], 0) + amount
-    return dict(sorted(found.items()))
+def condition(reasons: Iterable[Reason]) -> answers.Condition:
+    """Return the judgement in both languages."""
+    found = list(reasons)
+    level = level_of(found)
+    return answers.Condition(
+        level=level,
+        text=rows.named("health", level),
+        reasons=[
+            answers.HealthReason(
+                level=reason.level, code=reason.code, text=answers.Text(zh=reason.text("zh"), en=reason.text("en"))
+            )
+            for reason in found
+        ],
+    )
+
+
+def disk_state(disk: Disk | None) -> answers.DiskState | None:
+    """Return what is known of the disk."""
+    if disk is None:
+        return None
+    return answers.DiskState(
+        total_bytes=disk.total,
+        free_bytes=disk.free,
+        used_share=round(disk.used_share, 4),
+        data_bytes=disk.data,
+        grows_bytes_per_day=disk.grows_per_day,
+        full_in_days=disk.full_in_days,
+    )
 
 
 def lag_s(beats: Mapping[str, Heartbeat]) -> float:
     """Return how far the slowest of our processes is behind, in platform seconds."""
-    return round(max((beats[name].gauges.get("lag_s", 0.0) for name in OURS if name in beats), default=0.0), 3)
+    return round(max((beat.gauges.get("lag_s", 0.0) for beat in vitals.ours(beats)), default=0.0), 3)
 
 
 def processes(beats: Mapping[str, Heartbeat], now_ms: int) -> dict[str, answers.Process]:
     """Return every process by its last heartbeat."""
+    again = vitals.restarts(beats)
     return {
         name: answers.Process(
+            role=role_of(name),
             pid=beat.pid,
             live=beat.live(now_ms),
             ready=beat.live(now_ms) and ready(beat),
             age_s=round((now_ms - beat.at) / 1000, 1),
             started=beat.started,
+            restarts=again.get(name, 0),
             warnings=beat.warnings[-5:],
         )
         for name, beat in sorted(beats.items())
     }
 
 
-def gateways(site: Site) -> answers.Gateways:
-    """Return how many gateways are heard, and which are not."""
+def gateways(site: Site, late: Iterable[Late]) -> answers.Gateways:
+    """Return how many gateways are heard, which are not, and what waits in their spools."""
     all_ids = [gateway.id for gateway in site.latest.registry.gateways]
-    offline = [gateway for gateway in all_ids if not online(site, gateway)]
-    return answers.Gateways(online=len(all_ids) - len(offline), total=len(all_ids), offline=offline)
+    found = [answers.LateGateway(**msgspec.to_builtins(each)) for each in late]
+    return answers.Gateways(
+        online=len(all_ids) - len(found),
+        total=len(all_ids),
+        offline=[each.id for each in found],
+        late=found,
+        spooled=sum(vitals.spooled(site, gateway) or 0 for gateway in all_ids),
+    )
 
 
 def online(site: Site, gateway: str) -> bool:
     """Return whether a message of the gateway came in the last 90 s of platform time."""
     seen = site.latest.seen(gateway)
     newest = max(seen.received_at or 0, seen.observed_at or 0)
-    return site.clock.now_ms() - newest <= GATEWAY_SILENT_MS
+    return site.clock.now_ms() - newest <= LIMITS.gateway_silent_ms
 
 
 def database_counts(site: Site) -> dict[str, int]:
@@ -129,6 +171,7 @@ _COUNTS = {
     "closed": select(func.count()).where(cases.c.closed_at.is_not(None)),
     "delivered": select(func.count()).where(outbox.c.state == "delivered"),
     "undelivered": select(func.count()).where(outbox.c.state != "delivered"),
+    "dead": select(func.count()).where(outbox.c.state == "dead"),
 }
 
 
@@ -156,7 +199,15 @@ def _metrics(site: Site) -> list[Metric]:
     rows = GaugeMetricFamily(PREFIX + "rows", "what the desk's database holds", labels=["what"])
     for name, count in database_counts(site).items():
         rows.add_metric([name], count)
-    return [up, age, rows, *_counter_families(beats), *_gauge_families(beats)]
+    return [
+        up,
+        age,
+        rows,
+        *_counter_families(beats),
+        *_gauge_families(beats),
+        *_delay_families(beats),
+        *_site_families(site, beats, now_ms),
+    ]
 
 
 def _counter_families(beats: Mapping[str, Heartbeat]) -> list[Metric]:
@@ -164,7 +215,7 @@ def _counter_families(beats: Mapping[str, Heartbeat]) -> list[Metric]:
     samples: dict[str, list[tuple[str, str, str, int]]] = {}
     for component, beat in sorted(beats.items()):
         for key, amount in beat.counters.items():
-            match = _LABELLED.match(key)
+            match = vitals.LABELLED.match(key)
             name, label, value = (match["name"], match["label"], match["value"]) if match else (key, "", "")
             samples.setdefault(name.removesuffix("_total"), []).append((component, label, value, amount))
     found: list[Metric] = []
@@ -186,6 +237,49 @@ def _gauge_families(beats: Mapping[str, Heartbeat]) -> list[Metric]:
             if name in beat.gauges:
                 family.add_metric([component], beat.gauges[name])
         found.append(family)
+    return found
+
+
+def _delay_families(beats: Mapping[str, Heartbeat]) -> list[Metric]:
+    """A histogram of every delay, by component."""
+    found: list[Metric] = []
+    for name in sorted({name for beat in beats.values() for name in beat.delays}):
+        words = f"{name} of what was taken, real seconds, by component"
+        family = HistogramMetricFamily(
+            PREFIX + _safe(f"{name.removesuffix('_s')}_seconds"), words, labels=["component"]
+        )
+        for component, beat in sorted(beats.items()):
+            if name in beat.delays:
+                family.add_metric([component], _buckets(beat.delays[name].counts), None)
+        found.append(family)
+    return found
+
+
+def _buckets(counts: tuple[int, ...]) -> list[tuple[str, float]]:
+    """Return cumulative counts by their upper bound, as Prometheus wants them."""
+    bounds = [*(f"{bound:g}" for bound in BOUNDS_S), "+Inf"]
+    return list(zip(bounds, map(float, accumulate(counts)), strict=True))
+
+
+def _site_families(site: Site, beats: Mapping[str, Heartbeat], now_ms: int) -> list[Metric]:
+    """What no process counts: the judgement, the gateways, the disk."""
+    known = vitals.vitals(site, beats, now_ms, 0)
+    late = GaugeMetricFamily(PREFIX + "gateway_late_seconds", "platform seconds, of silent ones", labels=["gateway"])
+    for each in known.late:
+        late.add_metric([each.id], -1.0 if each.late_s is None else each.late_s)
+    waiting = GaugeMetricFamily(
+        PREFIX + "gateway_spooled", "messages in its spool, as it last said", labels=["gateway"]
+    )
+    for gateway in site.latest.registry.gateways:
+        if (amount := vitals.spooled(site, gateway.id)) is not None:
+            waiting.add_metric([gateway.id], amount)
+    level = LEVELS.index(level_of(judge(known)))
+    found: list[Metric] = [GaugeMetricFamily(PREFIX + "health", "0 well, 1 degraded, 2 down", level), late, waiting]
+    if known.disk is not None:
+        for name, size in (("free", known.disk.free), ("total", known.disk.total), ("data", known.disk.data)):
+            found.append(
+                GaugeMetricFamily(f"{PREFIX}disk_{name}_bytes", f"{name} bytes of the data folder's disk", size)
+            )
     return found
 
 

@@ -15,7 +15,7 @@ from types import FrameType
 import msgspec
 
 from citybrain.cli import Subcommand
-from citybrain.clock import Clock, monotonic_s, wait_s
+from citybrain.clock import RunClock, monotonic_s, wait_s
 from citybrain.counters import Counters
 from citybrain.errors import DiskFull
 from citybrain.layout import Layout
@@ -63,6 +63,7 @@ class ShardWorker:
         self.counters = counters
         self.engine, self._warnings = restored_engine(shard, layout)
         self.received_at: int | None = None  # of the last record taken; None once nothing waits in the log
+        self.taken: tuple[int, int] | None = None  # oldest `received_at` and number of the records last taken
         self._writer = Writer(layout.transitions(shard), files)
         self._reader = Reader(layout.log(shard), self.engine.offset, files)
         self._written = (-1, -1)
@@ -81,6 +82,7 @@ class ShardWorker:
 
     def step(self) -> bool:
         """Take the records that are there, make their transitions durable; return whether there were any."""
+        self.taken = None
         if self._waiting and not self._write():
             return False
         records = self._reader.read(READ_BYTES)
@@ -94,6 +96,7 @@ class ShardWorker:
         self.received_at = records[-1].received_at
         self._tell()
         if self._write():
+            self.taken = (records[0].received_at, len(records))
             self._snapshot_if_due()
         return True
 
@@ -151,7 +154,7 @@ class ShardWorker:
 class WorkerProcess:
     """The loop over all shards of this process. `run` returns when `stop` has been called."""
 
-    def __init__(self, layout: Layout, shards: Sequence[int], clock: Clock, snapshot_s: float = SNAPSHOT_S) -> None:
+    def __init__(self, layout: Layout, shards: Sequence[int], clock: RunClock, snapshot_s: float = SNAPSHOT_S) -> None:
         self.counters = Counters("worker", layout.run)
         self.shards = [ShardWorker(shard, layout, self.counters, snapshot_s) for shard in shards]
         self._clock = clock
@@ -163,18 +166,28 @@ class WorkerProcess:
 
     def run(self) -> None:
         """Recover, then serve until stopped; raises StorageError where the disk fails."""
+        self.counters.resume()
         self.counters.publish(force=True)
         warm_engine()
         for shard in self.shards:
             shard.start()
         while not self._stopping:
             busy = [shard.step() for shard in self.shards]
+            self._measure()
             self._publish()
             if not any(busy):
                 wait_s(IDLE_S)
         for shard in self.shards:
             shard.stop()
         self._publish(force=True)
+
+    def _measure(self) -> None:
+        """Count how long what was just taken had waited; each record as long as the oldest of its batch."""
+        now_ms = self._clock.now_ms()
+        for shard in self.shards:
+            if shard.taken is not None:
+                oldest_at, amount = shard.taken
+                self.counters.delayed("lag_s", self._clock.real_s(now_ms - oldest_at), amount)
 
     def _publish(self, *, force: bool = False) -> None:
         """Publish what the engines counted: totals since the log began, so that a restart counts nothing twice."""
