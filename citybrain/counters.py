@@ -142,15 +142,16 @@ class Counters:
         self._started = real_unix_ms()
         self._published_ms = 0
 
-    def resume(self) -> None:
-        """Go on counting from the last heartbeat, where there is one."""
+    def resume(self) -> Heartbeat | None:
+        """Go on counting from the last heartbeat, where there is one; return it."""
         if self._path is None or not self._path.exists():
-            return
+            return None
         try:
             last = msgspec.json.decode(OS_FILES.read(self._path), type=Heartbeat)
         except msgspec.DecodeError:
-            return
+            return None
         self.values.update(last.counters)
+        return last
 
     def add(self, name: str, amount: int = 1, **label: str) -> None:
         """Add to `name`, or to `name{key=value}`."""

@@ -63,7 +63,8 @@ class ShardWorker:
         self.counters = counters
         self.engine, self._warnings = restored_engine(shard, layout)
         self.received_at: int | None = None  # of the last record taken; None once nothing waits in the log
-        self.taken: tuple[int, int] | None = None  # oldest `received_at` and number of the records last taken
+        self.taken: tuple[int, int] | None = None  # oldest `received_at` and number of the new records last taken
+        self.known = 0  # offset before which the process judged all before it was started again
         self._writer = Writer(layout.transitions(shard), files)
         self._reader = Reader(layout.log(shard), self.engine.offset, files)
         self._written = (-1, -1)
@@ -96,7 +97,8 @@ class ShardWorker:
         self.received_at = records[-1].received_at
         self._tell()
         if self._write():
-            self.taken = (records[0].received_at, len(records))
+            new = records if records[0].offset >= self.known else [r for r in records if r.offset >= self.known]
+            self.taken = (new[0].received_at, len(new)) if new else None
             self._snapshot_if_due()
         return True
 
@@ -166,11 +168,13 @@ class WorkerProcess:
 
     def run(self) -> None:
         """Recover, then serve until stopped; raises StorageError where the disk fails."""
-        self.counters.resume()
+        last = self.counters.resume()
         self.counters.publish(force=True)
         warm_engine()
         for shard in self.shards:
             shard.start()
+            if last is not None:
+                shard.known = last.details.get("shards", {}).get(str(shard.shard), {}).get("offset", 0)
         while not self._stopping:
             busy = [shard.step() for shard in self.shards]
             self._measure()
