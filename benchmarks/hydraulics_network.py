@@ -7,6 +7,7 @@ since the beginning. Everything is drawn from the seed.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 import warnings
@@ -294,7 +295,10 @@ def _zones(model: Any) -> dict[str, str]:
 
 
 def _solve(model: Any) -> Any:
-    with tempfile.TemporaryDirectory(prefix="epanet-") as folder, warnings.catch_warnings():
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="epanet-"))
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # negative pressures at suction sides are the network's own
+        stack.enter_context(contextlib.chdir(folder))  # the solver leaves its scratch files where it is started
         results = wntr.sim.EpanetSimulator(model).run_sim(file_prefix=str(Path(folder) / "run"))
     return results.node["pressure"][model.junction_name_list].to_numpy() * MPA_PER_M

@@ -205,6 +205,7 @@ function header(status) {
 // The most pressing first (alarms: what still holds before what is over); within that, what waits longest for its rescue, or came last.
 const RANK = { life: 0, urgent: 1, normal: 2, watch: 3 };
 const byUrgency = (one, other) => RANK[one.urgency] - RANK[other.urgency];
+const byDeadline = (one, other) => one.deadline - other.deadline;
 const byAlarm = (one, other) =>
   other.active - one.active || byUrgency(one, other) || (one.state !== "unack") - (other.state !== "unack");
 const byWaiting = (one, other) => (one.rescued_at !== null) - (other.rescued_at !== null) || one.observed_at - other.observed_at;
@@ -214,7 +215,7 @@ const LISTS = [
   ["cases", "v1/cases?kind=case&state=open&limit=50", workOrder, byUrgency],
   ["incidents", "v1/incidents?state=open&limit=50", incident, byUrgency],
   ["alarms", "v1/alarms?state=open&limit=100", alarm, byAlarm],
-  ["maintenance", "v1/cases?kind=maintenance&state=open&limit=20", workOrder, byUrgency],
+  ["maintenance", "v1/cases?kind=maintenance&state=open&limit=20", workOrder, byDeadline],
   ["closed", "v1/cases?state=closed&limit=8", workOrder, () => 0],
 ];
 

@@ -223,6 +223,39 @@ class CaseDetail(Case):
     deliveries: list[Delivery]
 
 
+class Order(Case):
+    """A maintenance order."""
+
+    gateway: str = Field(description="of the device, its own id for a gateway; empty where the device is gone")
+    overdue: bool
+
+
+class Round(BaseModel):
+    """Orders that stand close together: of one gateway in one street. The one that is due first comes first."""
+
+    street: str
+    gateway: str
+    overdue: int
+    orders: list[Order]
+
+
+class Contractor(BaseModel):
+    """The orders of one unit."""
+
+    unit: Named
+    orders: int
+    overdue: int
+    rounds: list[Round]
+
+
+class Maintenance(BaseModel):
+    """Maintenance orders by contractor and round."""
+
+    contractors: list[Contractor]
+    total: int
+    left_off: int = Field(description="how many there are beyond `limit`; those that are due later")
+
+
 class Accepted(BaseModel):
     """A command that is stored; ask `/v1/commands/{command}` what became of it."""
 
@@ -344,6 +377,8 @@ class Status(BaseModel):
     rescues: int
     rescues_open: int
     maintenance: int
+    maintenance_open: int
+    maintenance_overdue: int
     cases_open: int
     delivered: int
     undelivered: int

@@ -155,9 +155,14 @@ def database_counts(site: Site) -> dict[str, int]:
     """Return the status's counts of rows; zeros while the desk has not made its database."""
     try:
         with site.database() as db:
-            return _counts(db)
+            return _counts(db) | {"maintenance_overdue": _overdue(db, site.clock.now_ms())}
     except Problem:
-        return dict.fromkeys(_COUNTS, 0)
+        return dict.fromkeys([*_COUNTS, "maintenance_overdue"], 0)
+
+
+def _overdue(db: Connection, now_ms: int) -> int:
+    where = (cases.c.kind == "maintenance", cases.c.closed_at.is_(None), cases.c.deadline < now_ms)
+    return int(db.execute(select(func.count()).where(*where)).scalar_one())
 
 
 _COUNTS = {
@@ -167,6 +172,7 @@ _COUNTS = {
     "rescues": select(func.count()).where(cases.c.kind == "rescue"),
     "rescues_open": select(func.count()).where(cases.c.kind == "rescue", rows.OPEN),
     "maintenance": select(func.count()).where(cases.c.kind == "maintenance"),
+    "maintenance_open": select(func.count()).where(cases.c.kind == "maintenance", cases.c.closed_at.is_(None)),
     "cases_open": select(func.count()).where(cases.c.closed_at.is_(None)),
     "closed": select(func.count()).where(cases.c.closed_at.is_not(None)),
     "delivered": select(func.count()).where(outbox.c.state == "delivered"),
