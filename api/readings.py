@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -18,12 +19,13 @@ from citybrain.errors import CityBrainError, NotFound
 from citybrain.layout import Layout
 from citybrain.model import Device, Gateway, Registry
 from citybrain.segments import Reader, Record
-from streams.engine import latest_from_snapshot
-from streams.log import F64, I64, Control, Kind, decode_control, frame_arrays, frame_head
+from streams.engine import latest_from_snapshot, shared_series
+from streams.log import F64, I64, U32, Control, Kind, decode_control, frame_arrays, frame_head
 from streams.registry import METRIC_NAMES, Index, decode_registry
 from streams.runtimes.snapshots import snapshot_paths
 
 FUTURE_MS = 2000  # a sensor's clock may run ahead of ours by this much
+FRAME, CONTROL = int(Kind.FRAME), int(Kind.CONTROL)  # once a record: an enum is slow to compare
 NEVER = np.iinfo(np.int64).min
 
 
@@ -42,6 +44,16 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 EMPTY = Index(Registry((), ()), "")
+
+
+class Frame(NamedTuple):
+    """One frame's values; `at`: observed, but no later than the platform can have received it."""
+
+    gateway: int
+    received_at: int
+    at: I64
+    value: F64
+    series: U32
 
 
 class Shard:
@@ -66,20 +78,33 @@ class Shard:
         for name, new in index.gateway_index.items():
             if name in before.gateway_index:
                 self.gateway_received[new] = received[before.gateway_index[name]]
-        for old, new in _shared_series(before, index):
-            self.time[new], self.value[new] = time[old], value[old]
+        olds, news = shared_series(before, index)
+        self.time[news], self.value[news] = time[olds], value[olds]
 
-    def frame(self, record: Record) -> None:
-        """Take one frame: of several values of a series the newest stays, of equally old ones the last."""
-        head = frame_head(record.payload)
-        observed_at, value, series = frame_arrays(record.payload, head)
-        at = np.minimum(observed_at, record.received_at + FUTURE_MS)
+    def frames(self, frames: list[Frame]) -> None:
+        """Take frames: of several values of a series the newest stays, of equally old ones the last."""
+        if not frames:
+            return
+        for frame in frames:
+            heard = self.gateway_received[frame.gateway]
+            self.gateway_received[frame.gateway] = max(heard, frame.received_at)
+        at = np.concatenate([frame.at for frame in frames])
+        value = np.concatenate([frame.value for frame in frames])
+        series = np.concatenate([frame.series for frame in frames])
         order = np.argsort(at, kind="stable")
         at, value, series = at[order], value[order], series[order]
         newer = at >= self.time[series]
         self.time[series[newer]] = at[newer]
         self.value[series[newer]] = value[newer]
-        self.gateway_received[head.gateway] = max(self.gateway_received[head.gateway], record.received_at)
+
+    def open(self, record: Record) -> Frame:
+        """Return a frame record's values; raises struct.error, ValueError or CityBrainError where it is none."""
+        head = frame_head(record.payload)
+        observed_at, value, series = frame_arrays(record.payload, head)
+        if head.gateway >= len(self.gateway_received) or series.max(initial=0) >= max(len(self.time), 1):
+            raise NotFound(f"gateway {head.gateway}, or one of its series: not in the registry in force")
+        at = np.minimum(observed_at, record.received_at + FUTURE_MS)
+        return Frame(head.gateway, record.received_at, at, value, series)
 
     def of(self, device: Device) -> dict[str, Value]:
         """Return the latest values of a device, by metric."""
@@ -97,20 +122,9 @@ class Shard:
         number = self.index.gateway_index.get(gateway)
         if number is None:
             return Seen(None, None)
-        mine = self.index.device_gateway[self.index.series_device] == number
-        newest = int(self.time[mine].max(initial=NEVER))
+        newest = int(self.time[self.index.series_of_gateway(number)].max(initial=NEVER))
         received = int(self.gateway_received[number])
         return Seen(received if received != NEVER else None, newest if newest != NEVER else None)
-
-
-def _shared_series(before: Index, after: Index) -> Iterator[tuple[int, int]]:
-    for name, new in after.device_index.items():
-        old = before.device_index.get(name)
-        if old is None:
-            continue
-        both = (before.series_of[old] >= 0) & (after.series_of[new] >= 0)
-        for metric in np.flatnonzero(both):
-            yield int(before.series_of[old, metric]), int(after.series_of[new, metric])
 
 
 class Latest:
@@ -134,8 +148,7 @@ class Latest:
         for shard in self._shards:
             records = shard.reader.read()
             with self._lock:
-                for record in records:
-                    self._take(shard, record)
+                self._take(shard, records)
             taken += len(records)
         self.counters.add("received_total", taken)
         return taken
@@ -154,6 +167,10 @@ class Latest:
         index = self._newest()
         number = index.device_index.get(name)
         return None if number is None else index.devices[number]
+
+    def means(self, subject: str) -> bool:
+        """Return whether an override's subject is a device of the registry in force, or an area with one."""
+        return len(self._newest().under(subject)) > 0
 
     def gateway(self, name: str) -> Gateway:
         """Return a gateway of the registry in force; raises NotFound."""
@@ -197,16 +214,21 @@ class Latest:
             shard.reader.offset = offset
             return
 
-    def _take(self, shard: Shard, record: Record) -> None:
-        """Take one record; one that cannot be used is counted and left out, the rest goes on."""
-        try:
-            if record.kind == Kind.FRAME:
-                shard.frame(record)
-            elif record.kind == Kind.CONTROL:
-                self._control(shard, decode_control(record.payload))
-        except (CityBrainError, msgspec.DecodeError, struct.error, ValueError, IndexError) as error:
-            self.counters.add("errors_total", stage="readings")
-            self.counters.warn(f"log {shard.number} offset {record.offset}: {error}")
+    def _take(self, shard: Shard, records: Sequence[Record]) -> None:
+        """Take records; one that cannot be used is counted and left out, the rest goes on."""
+        frames: list[Frame] = []
+        for record in records:
+            try:
+                if record.kind == FRAME:
+                    frames.append(shard.open(record))
+                elif record.kind == CONTROL:
+                    shard.frames(frames)
+                    frames = []
+                    self._control(shard, decode_control(record.payload))
+            except (CityBrainError, msgspec.DecodeError, struct.error, ValueError) as error:
+                self.counters.add("errors_total", stage="readings")
+                self.counters.warn(f"log {shard.number} offset {record.offset}: {error}")
+        shard.frames(frames)
 
     def _control(self, shard: Shard, control: Control) -> None:
         if control.what == "registry":

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine
 from api.disk import DiskWatch
 from api.readings import Latest
 from citybrain.clock import Clock, real_unix_ms
-from citybrain.counters import Counters, Heartbeat, read_heartbeats
+from citybrain.counters import Counters, Heartbeat, read_heartbeats, takes_of
 from citybrain.db.store import open_store
 from citybrain.errors import CityBrainError
 from citybrain.layout import Layout, Run
@@ -76,7 +76,8 @@ class Site:
 
     def heartbeats(self) -> dict[str, Heartbeat]:
         """Return the last heartbeat of every process of this run that ever said something, by its name."""
-        return of_this_run({beat.process: beat for beat in read_heartbeats(self.layout.run)}, real_unix_ms())
+        beats = {beat.process: beat for beat in read_heartbeats(self.layout.run)}
+        return of_this_run(beats, real_unix_ms(), self.run.shards)
 
     def rule(self, ruleset: str, rule: str) -> Rule | None:
         """Return a rule as it was in the rule set that decided, None where that can no longer be read."""
@@ -102,32 +103,55 @@ def role_of(process: str) -> str:
     >>> role_of("worker-1"), role_of("desk")
     ('worker', 'desk')
     """
-    return process.partition("-")[0]
+    return takes_of(process, 0)[0]
 
 
-def of_this_run(beats: Mapping[str, Heartbeat], now_ms: int) -> dict[str, Heartbeat]:
-    """Leave out what an earlier run with other processes left behind: silent, and unknown to the live supervisor."""
+def of_this_run(beats: Mapping[str, Heartbeat], now_ms: int, shards: int) -> dict[str, Heartbeat]:
+    """Leave out what earlier runs left behind: another division of the shards, and parts nobody supervises now."""
     run = beats.get("run")
-    if run is None or not run.live(now_ms) or "parts" not in run.details:
-        return dict(beats)
-    parts = {"run", *run.details["parts"]}
-    return {name: beat for name, beat in beats.items() if name in parts or beat.live(now_ms)}
+    known = run.details.get("parts") if run is not None and run.live(now_ms) else None
+    found = {}
+    for name, beat in beats.items():
+        role = role_of(name)
+        if role in PIPELINE:
+            ours = beat in in_force(beats, role, shards)
+        else:
+            ours = known is None or name in ("run", *known) or beat.live(now_ms)
+        if ours:
+            found[name] = beat
+    return found
 
 
-def not_live(beats: Mapping[str, Heartbeat], now_ms: int | None = None) -> list[str]:
-    """Return, in words, why the run is not live; an empty list when it is. `now_ms` is real time."""
-    now_ms = real_unix_ms() if now_ms is None else now_ms
-    missing = []
+def not_live(beats: Mapping[str, Heartbeat], now_ms: int, shards: int) -> list[str]:
+    """Return, in words, why the run is not live; an empty list when it is. `now_ms` is real time.
+
+    Several processes may share the shards of a role: every shard needs one that has it.
+    """
+    missing: dict[str, None] = {}  # in order, each once
     for role in PIPELINE:
-        mine = {name: beat for name, beat in sorted(beats.items()) if role_of(name) == role}
-        if not mine:
-            missing.append(f"{role} has not started")
-        for name, beat in mine.items():
-            if not beat.live(now_ms):
-                missing.append(f"{name} was last heard {(now_ms - beat.at) / 1000:.0f} s ago")
+        for shard in range(shards):
+            beat = in_charge(beats, role, shard, shards)
+            if beat is None:
+                nobody = not any(takes_of(name, shards)[0] == role for name in beats)
+                missing[f"{role} has not started" if nobody else f"no {role} has shard {shard}"] = None
+            elif not beat.live(now_ms):
+                missing[f"{beat.process} was last heard {(now_ms - beat.at) / 1000:.0f} s ago"] = None
             elif not ready(beat):
-                missing.append(f"{name} is not ready ({_why(beat)})")
-    return missing
+                missing[f"{beat.process} is not ready ({_why(beat)})"] = None
+    return list(missing)
+
+
+def in_charge(beats: Mapping[str, Heartbeat], role: str, shard: int, shards: int) -> Heartbeat | None:
+    """Return the process of a role that has a shard: who was heard last, since a run may divide them anew."""
+    claims = {name: takes_of(name, shards) for name in beats}
+    having = [beats[name] for name, (its, numbers) in claims.items() if its == role and shard in numbers]
+    return max(having, key=lambda beat: beat.at, default=None)
+
+
+def in_force(beats: Mapping[str, Heartbeat], role: str, shards: int) -> list[Heartbeat]:
+    """Return the processes of a role that have its shards now, without those of an earlier division."""
+    found = (in_charge(beats, role, shard, shards) for shard in range(shards))
+    return list({beat.process: beat for beat in found if beat is not None}.values())
 
 
 def ready(beat: Heartbeat) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from api.disk import Disk
 from api.health import ELSEWHERE, LIMITS, Late, Stage, Vitals
-from api.site import PIPELINE, Site, ready, role_of
+from api.site import PIPELINE, Site, in_charge, ready, role_of
 from citybrain.counters import Heartbeat
 
 LABELLED = re.compile(r"^(?P<name>\w+)\{(?P<label>\w+)=(?P<value>.*)\}$")
@@ -138,7 +138,7 @@ def vitals(site: Site, beats: Mapping[str, Heartbeat], now_ms: int, waiting: int
     found = stages(beats, site.run.clock.speed)
     again = restarts(beats)
     return Vitals(
-        missing=tuple(_missing(beats, now_ms)),
+        missing=tuple(_missing(beats, now_ms, site.run.shards)),
         silent=tuple(name for name, beat in sorted(beats.items()) if _silent(name, beat, now_ms)),
         stages=found,
         gateways=len(site.latest.registry.gateways),
@@ -153,12 +153,16 @@ def vitals(site: Site, beats: Mapping[str, Heartbeat], now_ms: int, waiting: int
     )
 
 
-def _missing(beats: Mapping[str, Heartbeat], now_ms: int) -> Iterable[str]:
+def _missing(beats: Mapping[str, Heartbeat], now_ms: int, shards: int) -> Iterable[str]:
     for role in PIPELINE:
-        mine = [beat for name, beat in sorted(beats.items()) if role_of(name) == role]
-        if not mine:
-            yield role
-        yield from (beat.process for beat in mine if not (beat.live(now_ms) and ready(beat)))
+        having = {shard: in_charge(beats, role, shard, shards) for shard in range(shards)}
+        names = {
+            beat.process for beat in having.values() if beat is not None and not (beat.live(now_ms) and ready(beat))
+        }
+        orphans = [str(shard) for shard, beat in having.items() if beat is None]
+        if orphans:
+            names.add(role if len(orphans) == shards else "-".join([role, *orphans]))
+        yield from sorted(names)
 
 
 def _silent(name: str, beat: Heartbeat, now_ms: int) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,28 @@ def read_heartbeats(folder: Path) -> list[Heartbeat]:
             except msgspec.DecodeError:
                 continue
     return found
+
+
+def process_name(role: str, shards: Sequence[int], count: int) -> str:
+    """Return what a process is called that takes these of `count` shards: its role, and which where not all.
+
+    >>> process_name("worker", [0, 2], 4)
+    'worker-0-2'
+    """
+    return role if len(shards) == count else "-".join([role, *map(str, shards)])
+
+
+def takes_of(process: str, count: int) -> tuple[str, tuple[int, ...]]:
+    """Return a process's role and shards by its name; of `count` shards.
+
+    >>> takes_of("worker-0-2", 4), takes_of("ingest", 2)
+    (('worker', (0, 2)), ('ingest', (0, 1)))
+    """
+    role, _, shards = process.partition("-")
+    numbers = shards.split("-")
+    if not all(number.isdecimal() for number in numbers):
+        return process, tuple(range(count))
+    return role, tuple(int(number) for number in numbers)
 
 
 class Counters:

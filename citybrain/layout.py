@@ -16,7 +16,8 @@ from citybrain.wire import crc32c
 class Run(msgspec.Struct, frozen=True):
     """One run: its clock, shards, and the loopback addresses of its services.
 
-    `api_host` is where the API listens: another address than loopback only inside a container's own network.
+    `workers`: how many engines share the shards. `api_host` is where the API listens: another address than loopback
+    only inside a container's own network.
     """
 
     clock: RunClock
@@ -27,6 +28,7 @@ class Run(msgspec.Struct, frozen=True):
     platform_port: int = 8090
     seed: int = 7
     api_host: str = "127.0.0.1"
+    workers: int = 1
 
 
 class Active(msgspec.Struct, frozen=True):

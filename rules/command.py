@@ -11,12 +11,13 @@ import msgspec
 
 from citybrain.cli import Subcommand, emit
 from citybrain.config import Duration
-from citybrain.errors import EXIT_CONFIG
+from citybrain.errors import EXIT_CONFIG, NotFound
 from citybrain.layout import Layout
 from citybrain.mailbox import Mailbox
 from citybrain.mailbox import command as make_command
-from rules.files import LIBRARY, check_rules, load_rules
+from rules.files import LIBRARY, Checked, check_rules, load_rules
 from streams.kinds import KINDS
+from streams.registry import Index, decode_registry
 from streams.ruleset import Rule, encode_ruleset
 
 DURATION_SCHEMA = {"type": "string", "pattern": r"^\d+(\.\d+)?(ms|s|min|h|d)$", "examples": ["15s", "5min"]}
@@ -60,9 +61,28 @@ def _validate(args: argparse.Namespace) -> int:
     found = check_rules(args.path)
     for error in found.errors:
         sys.stderr.write(f"{error}\n")
-    result = {"files": found.files, "rules": len(found.rules), "errors": [str(error) for error in found.errors]}
-    emit(result if args.json else result | {"errors": len(found.errors)}, as_json=args.json)
+    doubts = _doubts(found, _registry(Layout(args.data)), Layout(args.data)) if args.registry else []
+    errors = [str(error) for error in found.errors]
+    result = {"files": found.files, "rules": len(found.rules), "errors": errors, "warnings": doubts}
+    emit(result if args.json else result | {"errors": len(errors), "warnings": len(doubts)}, as_json=args.json)
     return EXIT_CONFIG if found.errors else 0
+
+
+def _registry(layout: Layout) -> str:
+    """Return the name of the registry in force; raises NotFound."""
+    active = layout.read_active()
+    if active is None or not active.registry:
+        raise NotFound(f"{layout.root}: no registry is in force yet; import devices first, or leave out --registry")
+    return active.registry
+
+
+def _doubts(found: Checked, registry: str, layout: Layout) -> list[str]:
+    """Say what is probably not meant on this registry, on stderr; return it."""
+    index = Index(decode_registry(layout.get_blob(registry)), registry)
+    doubts = found.doubts(index, layout.read_run().clock.now_ms())
+    for doubt in doubts:
+        sys.stderr.write(f"warning: {doubt}\n")
+    return doubts
 
 
 def _schema(args: argparse.Namespace) -> int:
@@ -78,7 +98,9 @@ def _activate(args: argparse.Namespace) -> int:
     name = layout.put_blob(encode_ruleset(ruleset))
     now_ms = layout.read_run().clock.now_ms()
     Mailbox(layout.mailbox("ingest")).put(make_command("ruleset", args.actor, now_ms, {"content": name}, args.reason))
-    emit({"ruleset": name, "rules": len(ruleset.rules)}, as_json=args.json)
+    active = layout.read_active()
+    doubts = _doubts(check_rules(args.path), active.registry, layout) if active is not None and active.registry else []
+    emit({"ruleset": name, "rules": len(ruleset.rules), "warnings": doubts}, as_json=args.json)
     return 0
 
 
@@ -88,6 +110,7 @@ ACTIONS = {"validate": _validate, "schema": _schema, "activate": _activate}
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=ACTIONS, help="check files, print the schema, or put in force")
     parser.add_argument("path", nargs="?", type=Path, default=LIBRARY, help="file or folder (default: what we ship)")
+    parser.add_argument("--registry", action="store_true", help="with validate: judge by the registry in force too")
     parser.add_argument("--actor", default="operator", help="who activates, for the audit")
     parser.add_argument("--reason", default="", help="why, for the audit")
 

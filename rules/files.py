@@ -12,17 +12,28 @@ from citybrain.config import Lines, convert, parse_yaml
 from citybrain.errors import ConfigError
 from rules.categories import FILE as CATEGORIES_FILE
 from rules.categories import load_categories
+from streams.plan import unusual
+from streams.registry import Index
 from streams.ruleset import Rule, RuleSet, nearest, problems
 
 LIBRARY = Path(__file__).with_name("library")
 
 
 class Checked(msgspec.Struct):
-    """What reading rule files found: rules that are right, and everything that is wrong."""
+    """What reading rule files found: rules that are right, where they stand, and everything that is wrong."""
 
     rules: list[Rule]
     errors: list[ConfigError]
     files: int = 0
+    places: dict[str, tuple[Lines, str]] = {}
+
+    def doubts(self, index: Index, now_ms: int) -> list[str]:
+        """Return what is valid and probably not meant on this registry, each with file, line and field."""
+        found = []
+        for rule, field, what in unusual(RuleSet(tuple(self.rules)), index, now_ms):
+            lines, at = self.places[rule]
+            found.append(f"{lines.where(f'{at}.{field}')}: {what}")
+        return found
 
 
 @cache
@@ -61,6 +72,7 @@ def check_rules(path: Path) -> Checked:
             found.errors += wrong
             if not wrong:
                 found.rules.append(rule)
+                found.places[rule.id] = lines, at
     return found
 
 

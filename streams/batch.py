@@ -7,18 +7,19 @@ while it is cut off or switched off, none of its devices grows old.
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from citybrain.clock import SECOND_MS
-from citybrain.errors import Damaged
-from citybrain.model import Lane
 from citybrain.segments import Record
 from streams.kernels import compiled
 from streams.kinds.holding import I8, I32, Batch
-from streams.log import F64, I64, U32, FrameHead, frame_arrays, frame_head
+from streams.log import F64, FRAME_HEAD, I64, U32
+
+U8 = npt.NDArray[np.uint8]
 
 AHEAD_MS = 2 * SECOND_MS
 STEP_MS = 30 * SECOND_MS
@@ -45,8 +46,12 @@ class Times(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """Frames laid end to end: frame f has values `start[f]..start[f+1]`, of `gateway[f]`, received at `received[f]`."""
+    """Frames laid end to end: frame f has values `start[f]..start[f+1]`, of `gateway[f]`, received at `received[f]`.
 
+    `kept[f]`: 0 where the record is no frame, or one of a gateway that is not there; it has no values then.
+    """
+
+    kept: I8
     start: I64
     gateway: I64
     telemetry: I8
@@ -56,27 +61,50 @@ class Frames(NamedTuple):
     series: U32
 
 
-def open_frame(record: Record) -> tuple[FrameHead, tuple[I64, F64, U32]] | None:
-    """Return a frame record's head and arrays, or None where it is not one."""
-    try:
-        head = frame_head(record.payload)
-        return head, frame_arrays(record.payload, head)
-    except (struct.error, ValueError, Damaged):
-        return None
-
-
-def lay(frames: list[tuple[int, FrameHead, tuple[I64, F64, U32]]]) -> Frames:
-    """Lay frames (received_at, head, arrays) end to end."""
-    counts = np.array([head.values for _, head, _ in frames], np.int64)
-    return Frames(
-        np.concatenate((np.zeros(1, np.int64), np.cumsum(counts))),
-        np.array([head.gateway for _, head, _ in frames], np.int64),
-        np.array([head.lane == Lane.TELEMETRY for _, head, _ in frames], np.int8),
-        np.array([received for received, _, _ in frames], np.int64),
-        np.concatenate([arrays[0] for _, _, arrays in frames]),
-        np.concatenate([arrays[1] for _, _, arrays in frames]),
-        np.concatenate([arrays[2] for _, _, arrays in frames]),
+def lay(records: Sequence[Record], gateways: int) -> Frames:
+    """Lay the frames of these records end to end; `gateways`: how many there are."""
+    count = len(records)
+    sizes = np.fromiter((len(record.payload) for record in records), np.int64, count)
+    room = int(np.maximum(sizes - FRAME_HEAD.size, 0).sum()) // 20
+    frames = Frames(
+        np.empty(count, np.int8),
+        np.zeros(count + 1, np.int64),
+        np.empty(count, np.int64),
+        np.empty(count, np.int8),
+        np.fromiter((record.received_at for record in records), np.int64, count),
+        np.empty(room, np.int64),
+        np.empty(room, np.float64),
+        np.empty(room, np.uint32),
     )
+    data = np.frombuffer(b"".join([record.payload for record in records]), np.uint8)
+    raw = (frames.observed.view(np.uint8), frames.value.view(np.uint8), frames.series.view(np.uint8))
+    compiled(unfold)(data, sizes, gateways, frames, *raw)
+    used = frames.start[-1]
+    return frames._replace(observed=frames.observed[:used], value=frames.value[:used], series=frames.series[:used])
+
+
+def unfold(data: U8, sizes: I64, gateways: int, frames: Frames, observed: U8, value: U8, series: U8) -> None:
+    """Read every record's head and copy its arrays (`streams.log.pack_frame`); as bytes, since none is aligned."""
+    at, k = np.int64(0), np.int64(0)
+    for f in range(len(sizes)):
+        size = sizes[f]
+        n, frames.kept[f] = np.int64(0), 0
+        if size >= 40:
+            gateway = np.int64(0)
+            for b in range(4):
+                gateway |= np.int64(data[at + b]) << (8 * b)
+                n |= np.int64(data[at + 32 + b]) << (8 * b)
+            lane = data[at + 4]
+            frames.gateway[f], frames.telemetry[f] = gateway, lane == 0
+            if size == 40 + 20 * n and lane <= 1 and gateway < gateways:
+                frames.kept[f] = 1
+                body = at + 40
+                observed[8 * k : 8 * (k + n)] = data[body : body + 8 * n]
+                value[8 * k : 8 * (k + n)] = data[body + 8 * n : body + 16 * n]
+                series[4 * k : 4 * (k + n)] = data[body + 16 * n : body + 20 * n]
+                k += n
+        frames.start[f + 1] = k
+        at += size
 
 
 def take(frames: Frames, of_series: I32, device_of: I32, times: Times, batch: Batch, counts: I64) -> None:
@@ -85,6 +113,8 @@ def take(frames: Frames, of_series: I32, device_of: I32, times: Times, batch: Ba
     Used values of one device and time that stand together count as one reading.
     """
     for f in range(len(frames.gateway)):
+        if frames.kept[f] == 0:
+            continue
         gateway = frames.gateway[f]
         limit = frames.received[f] + AHEAD_MS
         stream, live = times.stream[gateway], times.live[gateway]
@@ -92,6 +122,7 @@ def take(frames: Frames, of_series: I32, device_of: I32, times: Times, batch: Ba
         for p in range(frames.start[f], frames.start[f + 1]):
             series = frames.series[p]
             t = min(frames.observed[p], limit)
+            batch.gateway[p] = gateway
             batch.t[p] = t
             batch.used[p] = 0
             if series >= len(of_series) or of_series[series] != gateway:
@@ -118,6 +149,7 @@ def take_batch(frames: Frames, of_series: I32, device_of: I32, times: Times) -> 
     """Return the batch of these frames and what was counted (USED, LATE, FOREIGN, READINGS); move `times` on."""
     n = len(frames.value)
     batch = Batch(
+        np.empty(n, np.int32),
         np.empty(n, np.int64),
         frames.value,
         frames.series,

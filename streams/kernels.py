@@ -16,5 +16,5 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function compiled, or loaded from numba's cache."""
     import numba  # noqa: PLC0415  half a second and 60 MB that only the engine needs
 
-    result: Callable[..., Any] = numba.njit(cache=True)(function)
+    result: Callable[..., Any] = numba.njit(cache=True, nogil=True)(function)
     return result

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from citybrain.clock import from_iso
 from citybrain.config import Duration, Lines, convert
 from citybrain.errors import ConfigError
 from citybrain.units import METRICS
@@ -36,6 +37,8 @@ class Selector(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tag: str = ""
     zone: str = ""
     building: str = ""
+    grid: str = ""
+    street: str = ""
     device: str = ""
 
 
@@ -87,6 +90,24 @@ class Guard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     at_least: float
 
 
+class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Other parameters for some of a rule's devices, until an ISO time: `when` holds those that differ.
+
+    It ends with the first tick of the log at or after `until`. Of several that select a device the first counts.
+    """
+
+    select: Selector
+    when: dict[str, Any]
+    until: str
+    reason: str
+    source: str
+
+    @property
+    def until_ms(self) -> int:
+        """When it ends (Unix ms); raises ValueError where `until` is no time."""
+        return from_iso(self.until)
+
+
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One rule. `when` holds `kind` and its parameters; the guards `unless` and `only_while` keep it from beginning.
 
@@ -105,6 +126,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     owner: str
     unless: Guard | None = None
     only_while: Guard | None = None
+    overrides: tuple[Override, ...] = ()
 
 
 class RuleSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -143,6 +165,11 @@ def kind_of(rule: Rule, lines: Lines | None = None, path: str = "") -> tuple[Kin
     return KINDS[name], convert(rule.when, KINDS[name].Parameters, lines, when)
 
 
+def overridden(rule: Rule, override: Override) -> Rule:
+    """Return the rule as it is for the devices of one of its overrides."""
+    return msgspec.structs.replace(rule, when=rule.when | override.when)
+
+
 def nearest(name: str, known: Any) -> str:
     """Return `; did you mean 'x'?` where a known name is close, else nothing."""
     close = difflib.get_close_matches(name, sorted(known), 1)
@@ -159,13 +186,48 @@ def problems(rule: Rule, lines: Lines | None = None, path: str = "") -> list[Con
         return [error, *_errors(_rule_problems(rule), lines, before)]
     found = [(f"when.{field}".rstrip("."), what) for field, what in kind.problems(parameters)]
     if kind.JUDGES:
-        found += _metric_problems("when.metric", kind.metric(parameters))
+        for name in kind.metrics(parameters):
+            found += _metric_problems("when.metric", name)
     elif rule.unless or rule.only_while:
         field = "unless" if rule.unless else "only_while"
         found.append((field, f"kind {rule.when['kind']} takes no guard: expected it only on rules that judge values"))
     if getattr(parameters, "clock", "") == "platform" and rule.select.kind != "gateway":
         found.append(("when.clock", 'expected "gateway": platform time is for rules that select kind gateway'))
-    return _errors([*found, *_rule_problems(rule)], lines, before)
+    overrides = [
+        error
+        for n, override in enumerate(rule.overrides)
+        for error in _override_problems(rule, n, override, lines, path)
+    ]
+    return [*_errors([*found, *_rule_problems(rule)], lines, before), *overrides]
+
+
+def _override_problems(rule: Rule, n: int, override: Override, lines: Lines, path: str) -> Iterator[ConfigError]:
+    """Yield what is wrong with the n-th override; what it leaves out is the rule's, which has been checked."""
+    at = f"{path}.overrides[{n}]" if path else f"overrides[{n}]"
+    if not any(msgspec.structs.astuple(override.select)):
+        yield ConfigError(lines.where(f"{at}.select"), "expected at least one field: it is for some of the devices")
+    try:
+        _ = override.until_ms
+    except ValueError:
+        what = f"expected an ISO 8601 time such as 2026-03-01T00:00:00+08:00, got {override.until!r}"
+        yield ConfigError(lines.where(f"{at}.until"), what)
+    if not override.when:
+        yield ConfigError(lines.where(f"{at}.when"), "expected at least one parameter that differs")
+    try:
+        kind, parameters = kind_of(overridden(rule, override), lines, at)
+    except ConfigError as error:
+        yield error
+        return
+    for field, what in kind.problems(parameters):
+        yield ConfigError(lines.where(f"{at}.when.{field}".rstrip(".")), what)
+    if _watches(rule) != _watches(overridden(rule, override)):
+        yield ConfigError(lines.where(f"{at}.when"), "an override cannot change the kind, the metrics or the clock")
+
+
+def _watches(rule: Rule) -> tuple[Any, ...]:
+    """Return what decides where a rule's instances stand and what feeds them."""
+    kind, parameters = kind_of(rule)
+    return rule.when["kind"], kind.metrics(parameters), getattr(parameters, "clock", "")
 
 
 def _errors(found: list[tuple[str, str]], lines: Lines, before: str) -> list[ConfigError]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,20 +17,31 @@ from citybrain.errors import StorageError
 from streams.batch import Times
 from streams.log import Control
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Header(msgspec.Struct, frozen=True):
-    """`offset`: the log record that comes next. `faults`: how often (rule, subject) was reported."""
+    """`offset`: the log record that comes next. `ticked_ms`: the latest tick's time.
+
+    `faults`: how often (rule, subject) was reported.
+    """
 
     shard: int
     offset: int
     registry: str
     ruleset: str
     overrides: tuple[Control, ...]
+    ticked_ms: int
     faults: list[tuple[str, str, int]]
     counts: dict[str, int]
     format: int = FORMAT
+
+
+class Frozen(NamedTuple):
+    """An engine's memory as it was at one offset; nobody changes it any more, so any thread may write it."""
+
+    header: Header
+    arrays: dict[str, npt.NDArray[Any]]
 
 
 class _Version(msgspec.Struct):
@@ -73,10 +84,17 @@ def load_snapshot(content: bytes, shard: int | None = None) -> tuple[Header, dic
     return header, arrays
 
 
-def fill(own: npt.NDArray[Any], arrays: dict[str, npt.NDArray[Any]], name: str) -> None:
-    """Put a stored array into ours; raises StorageError where it has another shape or other fields."""
-    stored = arrays.get(name)
-    if stored is None or stored.shape != own.shape or stored.dtype != own.dtype:
-        found = "none" if stored is None else f"{stored.dtype} {stored.shape}"
-        raise StorageError(f"snapshot array {name}: expected {own.dtype} {own.shape}, found {found}; replay the log")
-    own[...] = stored
+class Stored(NamedTuple):
+    """The arrays of a snapshot whose names begin with `prefix`."""
+
+    arrays: dict[str, npt.NDArray[Any]]
+    prefix: str = ""
+
+    def array(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """Return a stored array; raises StorageError where it is missing, of another shape or of other fields."""
+        stored = self.arrays.get(self.prefix + name)
+        if stored is None or stored.shape != shape or stored.dtype != dtype:
+            found = "none" if stored is None else f"{stored.dtype} {stored.shape}"
+            what = f"snapshot array {self.prefix}{name}"
+            raise StorageError(f"{what}: expected {dtype} {shape}, found {found}; replay the log")
+        return stored

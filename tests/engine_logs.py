@@ -7,15 +7,18 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from citybrain.clock import iso
 from citybrain.config import Lines, convert
 from citybrain.layout import Layout
-from citybrain.model import Device, Gateway, Lane, Place, Registry
+from citybrain.model import Cell, Device, Gateway, Lane, Place, Registry
 from citybrain.segments import Record
 from streams.log import Control, FrameHead, Kind, Tick, pack_frame
 from streams.registry import Index, encode_registry
-from streams.ruleset import Rule, RuleSet, encode_ruleset
+from streams.ruleset import Override, Rule, RuleSet, encode_ruleset
 
 PLACE = Place(121.4, 31.2, "310107001001001")
+THERE = Place(121.5, 31.2, "310107002001001")
+CELLS = (Cell(PLACE.cell, "g1", "s1"), Cell(THERE.cell, "g2", "s1"))
 START = 1_767_225_600_000
 
 
@@ -36,6 +39,12 @@ def make_rule(name: str, when: dict[str, Any], kind: str = "hydrant", **more: An
     return convert(text | more, Rule, Lines(name, None))
 
 
+def differs(select: dict[str, str], minutes: int, **when: Any) -> dict[str, Any]:
+    """Return an override of a rule, in force until so many minutes after START."""
+    until = iso(START + minutes * 60_000)
+    return {"select": select, "when": when, "until": until, "reason": "test", "source": "test"}
+
+
 LOW = {"kind": "threshold", "metric": "pressure_mpa", "below": 3, "deadband": 2, "on_delay": "20s", "off_delay": "30s"}
 RULES = (
     make_rule("low", LOW),
@@ -52,6 +61,19 @@ RULES = (
     make_rule("gone", {"kind": "absence", "timeout": "40s", "clock": "platform"}, "gateway"),
     make_rule("conflict", {"kind": "reported"}, "gateway"),
 )  # fmt: skip
+OVERRIDES: dict[str, list[dict[str, Any]]] = {
+    "low": [
+        differs({"zone": "z1"}, 4, below=2.6, on_delay="7s"),
+        differs({"device": "a1"}, 9, below=4.5, off_delay="5s"),
+    ],
+    "flows": [differs({"grid": "g2"}, 6, count={"n": 2, "within": "9min"})],
+    "quiet": [differs({"street": "s1", "tag": "far"}, 5, timeout="25s")],
+    "gone": [differs({"device": "b"}, 8, timeout="3min")],
+}
+VARIED_RULES = tuple(
+    msgspec.structs.replace(rule, overrides=convert(OVERRIDES.get(rule.id, []), tuple[Override, ...], Lines("", None)))
+    for rule in RULES
+)
 OTHER_RULES = (
     make_rule("low", {**LOW, "below": 4}),
     RULES[1],
@@ -66,8 +88,13 @@ def make_registry(devices: tuple[str, ...]) -> Registry:
     """Return hydrants `<gateway><n>` behind gateways a, b (shard 0) and c (shard 1)."""
     gateways = tuple(Gateway(g, 1 if g == "c" else 0, PLACE) for g in "abc")
     metrics, events = ("pressure_mpa", "flow_lps"), ("cap_open", "fault_code")
-    hydrants = tuple(Device(d, "hydrant", d[0], PLACE, metrics, events) for d in devices)
-    return Registry(gateways, (*hydrants, *(Device(g.id, "gateway", g.id, PLACE, ("uptime_s",)) for g in gateways)))
+    hydrants = tuple(
+        Device(d, "hydrant", d[0], THERE if d[1] == "2" else PLACE, metrics, events, zone="z1" if d[1] == "1" else "z2",
+               building="h1" if d[0] == "a" else "", tags=("far",) if d == "a2" else ())
+        for d in devices
+    )  # fmt: skip
+    own = tuple(Device(g.id, "gateway", g.id, PLACE, ("uptime_s",)) for g in gateways)
+    return Registry(gateways, (*hydrants, *own), CELLS)
 
 
 REGISTRIES = (make_registry(("a1", "a2", "b1", "c1")), make_registry(("a0", "a2", "b1", "b2", "c1")))

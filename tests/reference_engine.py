@@ -17,7 +17,7 @@ from citybrain.model import Device, Edge, Evidence, Registry, Transition
 from citybrain.segments import Record
 from streams.log import Control, Kind, decode_control, decode_tick, frame_arrays, frame_head
 from streams.registry import Index, decode_registry
-from streams.ruleset import Rule, decode_ruleset
+from streams.ruleset import Rule, Selector, decode_ruleset
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Instance:
 
     rule: Rule
     device: Device
+    when: dict[str, Any]  # the rule's, or what its first override in force makes of it
     phase: str = "idle"
     deadline: int | None = None
     since: int = 0
@@ -34,10 +35,6 @@ class Instance:
     raised: bool = False
     heard: int | None = None
     due: int = 0  # absence: live time (gateway) that must be passed
-
-    @property
-    def when(self) -> dict[str, Any]:
-        return self.rule.when
 
     @property
     def kind(self) -> str:
@@ -66,6 +63,7 @@ class Reference:
         self.live: dict[str, int] = {}
         self.last: dict[tuple[str, str], tuple[int, float]] = {}
         self.overrides: list[Control] = []
+        self.ticked = 0
         self.faults: dict[tuple[str, str], int] = {}
         self.late = 0
         self.found: list[tuple[tuple[int, int], Transition]] = []
@@ -76,10 +74,13 @@ class Reference:
         result: list[Transition] = []
         for record in records:
             self.record, self.found, self.position = record, [], -1
+            if record.kind == Kind.TICK:
+                self.ticked = max(self.ticked, decode_tick(record.payload).at)
             if record.kind == Kind.CONTROL:
                 self._control(decode_control(record.payload))
             elif self.registry is not None and self.rules is not None:
                 if record.kind == Kind.TICK:
+                    self._expire(decode_tick(record.payload).at)
                     self._tick(record)
                 else:
                     self._frame(record)
@@ -121,7 +122,7 @@ class Reference:
             if gateways[device.gateway].shard != self.shard:
                 continue
             for rule in self.rules:
-                new = Instance(rule, device)
+                new = Instance(rule, device, self._when(rule, device))
                 if not self._watches(new, gateways):
                     continue
                 old = before.pop((rule.id, device.id, new.kind), None)
@@ -131,16 +132,43 @@ class Reference:
                 self._emit(n, old, Edge.CLEAR, at, Evidence("", None, None, at))
 
     def _watches(self, new: Instance, gateways: dict[str, Any]) -> bool:
-        select, device = new.rule.select, new.device
-        if select.kind not in ("", device.kind) or select.device not in ("", device.id) or new.kind == "reported":
-            return False
-        if select.zone not in ("", device.zone) or (select.tag and select.tag not in device.tags):
+        device = new.device
+        if new.kind == "reported" or not self._selects(new.rule.select, device):
             return False
         if new.kind == "absence_platform":
             return device.id in gateways
         if new.kind == "absence":
             return bool(device.metrics)
         return new.when["metric"] in (*device.metrics, *device.event_metrics)
+
+    def _selects(self, select: Selector, device: Device) -> bool:
+        wanted = {name: value for name, value in msgspec.structs.asdict(select).items() if value}
+        tag = wanted.pop("tag", "")
+        own = {"kind": device.kind, "zone": device.zone, "building": device.building, "device": device.id}
+        own |= self._areas(device)
+        return all(own[name] == value for name, value in wanted.items()) and (not tag or tag in device.tags)
+
+    def _areas(self, device: Device) -> dict[str, str]:
+        assert self.registry is not None
+        cell = next((c for c in self.registry.cells if c.code == device.place.cell), None)
+        return {"grid": cell.grid if cell else "", "street": cell.street if cell else ""}
+
+    def _when(self, rule: Rule, device: Device) -> dict[str, Any]:
+        for override in rule.overrides:
+            if override.until_ms > self.ticked and self._selects(override.select, device):
+                return {**rule.when, **override.when}
+        return rule.when
+
+    def _expire(self, at: int) -> None:
+        self.ticked = max(self.ticked, at)
+        for it in self.instances:
+            when = self._when(it.rule, it.device)
+            if when == it.when:
+                continue
+            it.when = when
+            it.phase, it.deadline, it.began = ("raised" if it.phase in ("raised", "clearing") else "idle"), None, []
+            if it.kind == "absence":
+                it.due = self.live.get(it.device.gateway, 0) + it.ms("timeout")
 
     def _carried(self, new: Instance, old: Instance | None) -> Instance:
         assert self.record is not None
@@ -315,15 +343,24 @@ class Reference:
 
     def _muted(self, rule: str, subject: str, at: int) -> bool:
         return any(
-            o.subject == subject and o.rule in ("*", rule) and o.from_ms <= at < o.until_ms for o in self.overrides
+            self._means(o, subject) and o.rule in ("*", rule) and o.from_ms <= at < o.until_ms for o in self.overrides
         )
+
+    def _means(self, override: Control, subject: str) -> bool:
+        assert self.registry is not None
+        device = next((d for d in self.registry.devices if d.id == subject), None)
+        if override.subject == subject or device is None:
+            return override.subject == subject
+        areas = {"zone": device.zone, "building": device.building, "gateway": device.gateway, **self._areas(device)}
+        field, _, code = override.subject.partition(":")
+        return bool(code) and areas.get(field) == code
 
     def _unmuted(self, it: Instance, at: int) -> int:
         """The first time from `at` on that no override covers."""
         while True:
             ends = [
                 o.until_ms for o in self.overrides
-                if o.subject == it.device.id and o.rule in ("*", it.rule.id) and o.from_ms <= at < o.until_ms
+                if self._means(o, it.device.id) and o.rule in ("*", it.rule.id) and o.from_ms <= at < o.until_ms
             ]  # fmt: skip
             if not ends:
                 return at

@@ -285,6 +285,9 @@ def test_an_override_goes_to_ingest_and_is_followed_to_its_end(api: httpx.Client
     refusal(api.post("/v1/overrides", json={**asked, "until": 10, "actor": "li"}), 400, "empty_time")
     refusal(api.post("/v1/overrides", json={**asked, "device": "none", "actor": "li"}), 404, "not_found")
     refusal(api.post("/v1/overrides", json={**asked, "rule": "none", "actor": "li"}), 404, "not_found")
+    refusal(api.post("/v1/overrides", json={**asked, "device": "zone:none", "actor": "li"}), 404, "not_found")
+    zone = next(device.zone for device in site.district.registry.devices if device.id == "hyd-000001")
+    assert api.post("/v1/overrides", json={**asked, "device": f"zone:{zone}", "actor": "li"}).status_code == 202
     answer = api.post("/v1/overrides", json={**asked, "actor": "li"})
     assert answer.status_code == 202
     id = answer.json()["command"]

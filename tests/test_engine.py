@@ -22,7 +22,7 @@ from streams.engine import Engine, latest_from_snapshot
 from streams.log import FrameHead, Kind, pack_frame
 from streams.ruleset import RuleSet, encode_ruleset
 from streams.snapshot import load_snapshot, save_snapshot
-from tests.engine_logs import OTHER_RULES, REGISTRIES, RULES, START, Log, make_rule
+from tests.engine_logs import OTHER_RULES, REGISTRIES, RULES, START, VARIED_RULES, Log, differs, make_rule
 from tests.reference_engine import Reference
 
 
@@ -97,10 +97,11 @@ def logs(draw: st.DrawFn) -> list[tuple[str, Any]]:
         elif what == "tick":
             more = draw(st.sampled_from([0, 0, 30000]))
         elif what in ("ruleset", "registry"):
-            more = draw(st.integers(0, 1))
+            more = draw(st.integers(0, 2 if what == "ruleset" else 1))
         elif what == "override":
             rule = draw(st.sampled_from(["*", "low", "quiet", "gone", "code"]))
-            subject = draw(st.sampled_from([*DEVICES, "a", "b"]))
+            areas = ["zone:z1", "grid:g2", "street:s1", "building:h1", "gateway:b"]
+            subject = draw(st.sampled_from([*DEVICES, "a", "b", *areas]))
             start, length = draw(st.integers(-60, 60)), draw(st.integers(1, 200))
             more = (subject, rule, start * 1000, length * 1000)
         steps.append((what, (after, more)))
@@ -111,7 +112,7 @@ def write(log: Log, steps: list[tuple[str, Any]]) -> None:
     """Write a log's steps as records."""
     now = START
     log.registry(now, REGISTRIES[0])
-    log.ruleset(now, *RULES)
+    log.ruleset(now, *VARIED_RULES)
     for what, (after, more) in steps:
         now += after
         if what == "frame":
@@ -127,7 +128,7 @@ def write(log: Log, steps: list[tuple[str, Any]]) -> None:
         elif what == "tick":
             log.tick(now, START if more == 0 else now - more)
         elif what == "ruleset":
-            log.ruleset(now, *(RULES, OTHER_RULES)[more])
+            log.ruleset(now, *(RULES, OTHER_RULES, VARIED_RULES)[more])
         elif what == "registry":
             log.registry(now, REGISTRIES[more])
         elif what == "override":
@@ -157,7 +158,7 @@ def test_any_log_in_any_batches_with_any_restarts_gives_what_plain_python_gives(
         expected = reference.process(log.records)
         whole = Engine(0, layout)
         assert whole.process(log.records) == expected
-        assert whole.warnings == []
+        assert whole.counts["malformed"] == 0
         assert whole.counts["late"] == reference.late
         engine, found = Engine(0, layout), []
         for number, piece in enumerate(pieces(log.records, [*cuts, *crashes])):
@@ -285,6 +286,86 @@ def test_an_override_mutes_until_it_ends(log: Log) -> None:
     ]
 
 
+@pytest.mark.parametrize("subject", ["zone:z1", "building:h1", "gateway:a", "grid:g1", "street:s1"])
+def test_an_override_of_an_area_mutes_its_devices(log: Log, subject: str) -> None:
+    log.ruleset(START, RULES[1])
+    log.control(START, "override", subject=subject, rule="flow", from_ms=START, until_ms=START + 60_000)
+    log.control(START, "fault", subject="a", rule="conflict")
+    for device in ("a1", "a2", "b1"):
+        feed(log, "flow_lps", [(10, 9)], device)
+    expected = {"zone:z1": {"a2"}, "grid:g1": {"a2"}, "street:s1": set()}.get(subject, {"b1"})
+    assert {t.subject for t in run(log)} == expected
+
+
+def test_an_override_of_nobody_is_told(log: Log) -> None:
+    log.ruleset(START, RULES[1])
+    for subject in ("zone:none", "none", "zone:", "cell:x"):
+        log.control(START, "override", subject=subject, rule="*", from_ms=START, until_ms=START + 60_000)
+    engine = Engine(0, log.layout)
+    engine.process(log.records)
+    assert [text.partition(": ")[2] for text in engine.warnings] == [
+        f"an override of {subject!r}: no such device or area; it mutes nobody"
+        for subject in ("zone:none", "none", "zone:", "cell:x")
+    ]
+
+
+FLOW = {"kind": "threshold", "metric": "flow_lps", "above": 5, "deadband": 1, "off_delay": "10s"}
+
+
+def test_an_override_of_a_rule_ends_with_the_first_tick_after_it(log: Log) -> None:
+    log.ruleset(START, make_rule("flow", FLOW, overrides=[differs({"device": "a1"}, 1, above=8)]))
+    feed(log, "flow_lps", [(10, 7), (59, 7)])
+    log.tick(START + 59_000, START)
+    feed(log, "flow_lps", [(70, 7)])  # it is over, but the log has not said so yet
+    log.tick(START + 75_000, START)
+    feed(log, "flow_lps", [(80, 7)])
+    assert brief(run(log)) == [("flow", "a1", "raise", 80_000)]
+
+
+def test_what_is_raised_stays_raised_when_an_override_ends(log: Log) -> None:
+    log.ruleset(START, make_rule("flow", FLOW, overrides=[differs({"zone": "z1"}, 1, above=2)]))
+    for device in ("a1", "a2"):
+        feed(log, "flow_lps", [(10, 4.5)], device)
+    log.tick(START + 61_000, START)
+    feed(log, "flow_lps", [(70, 4.5), (75, 3.5), (90, 3.5)])
+    found = run(log)
+    assert brief(found) == [("flow", "a1", "raise", 10_000), ("flow", "a1", "clear", 85_000)]
+    assert [t.evidence.limit for t in found] == [2.0, 4.0]
+
+
+def test_overrides_change_with_the_rule_set_and_keep_whoever_they_do_not_concern(log: Log) -> None:
+    slow = {**FLOW, "on_delay": "30s"}
+    log.ruleset(START, make_rule("flow", slow))
+    for device in ("a1", "a2"):
+        feed(log, "flow_lps", [(0, 9)], device)
+    log.ruleset(START + 10_000, make_rule("flow", slow, overrides=[differs({"device": "a1"}, 60, above=7)]))
+    feed(log, "uptime_s", [(40, 1)], "a")
+    assert brief(run(log)) == [("flow", "a2", "raise", 30_000)]  # a1 began anew, with its next value
+
+
+def test_a_rule_that_selects_nothing_or_everything_is_told_and_breaks_nothing(log: Log) -> None:
+    log.ruleset(
+        START,
+        make_rule("flow", FLOW),
+        make_rule("cars", FLOW, "elevator"),
+        make_rule("moving", {**FLOW, "metric": "moving"}),
+        make_rule("all", {"kind": "absence", "timeout": "1h"}, select={"street": "s1"}),
+        make_rule("over", FLOW, overrides=[differs({"zone": "none"}, -1, above=3)]),
+    )
+    feed(log, "flow_lps", [(10, 9)])
+    engine = Engine(0, log.layout)
+    engine.process([Record(0, START, Kind.TICK, msgspec.json.encode({"at": START, "up_since": START}))])
+    engine.offset = 0
+    assert {t.rule for t in engine.process(log.records)} == {"flow", "over"}
+    assert [text.partition("rule ")[2] for text in engine.warnings] == [
+        "cars select: selects none of 7 devices",
+        "moving select: selects 4 of 7 devices, and none of them has moving",
+        "all select: selects 7 of all 7 devices, of several kinds",
+        "over overrides[0].until: is over since 2025-12-31T23:59:00.000Z; it does nothing",
+        "over overrides[0].select: selects none of the rule's devices",
+    ]
+
+
 def test_a_late_value_is_counted_and_ignored(log: Log) -> None:
     log.ruleset(START, RULES[1])
     feed(log, "flow_lps", [(10, 1)])
@@ -342,7 +423,8 @@ def test_records_that_are_none_are_counted_and_the_rest_goes_on(log: Log) -> Non
     engine = Engine(0, log.layout)
     assert [t.rule for t in engine.process(log.records)] == ["flow"]
     assert (engine.counts["malformed"], engine.counts["foreign"]) == (4, 2)
-    assert engine.warnings[0] == "log 0 offset 2: not a frame record; skipped"
+    assert "log 0 offset 2: not a frame record; skipped" in engine.warnings
+    assert len(engine.warnings) == 4
 
 
 def test_a_rule_set_that_is_wrong_is_refused_and_the_present_one_stays(log: Log) -> None:

@@ -36,11 +36,12 @@ def test_the_sample_is_valid(kind: Kind) -> None:
 @kinds
 def test_the_explanation_comes_in_two_languages_and_names_the_number(kind: Kind) -> None:
     parameters = parameters_of(kind)
-    evidence = Evidence(kind.metric(parameters), 41.5, 0.14, 0, 7)
+    metric = next(iter(kind.metrics(parameters)), "")
+    evidence = Evidence(metric, 41.5, 0.14, 0, 7)
     texts = {language: kind.explain(parameters, evidence, language) for language in ("zh", "en")}
     assert texts["zh"] != texts["en"]
     assert all("41.5" in text or "7" in text for text in texts.values())
-    unknown = kind.explain(parameters, Evidence(kind.metric(parameters), None, None, 0), "zh")
+    unknown = kind.explain(parameters, Evidence(metric, None, None, 0), "zh")
     assert unknown
 
 

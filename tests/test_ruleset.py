@@ -13,13 +13,15 @@ import pytest
 import yaml
 
 from citybrain.errors import EXIT_CONFIG, ConfigError
-from citybrain.layout import Layout
+from citybrain.layout import Active, Layout
 from citybrain.mailbox import Mailbox
 from rules.categories import load_categories
 from rules.command import schema
 from rules.files import LIBRARY, check_rules, library, load_rules
 from streams.kinds import KINDS
+from streams.registry import encode_registry
 from streams.ruleset import decode_ruleset, encode_ruleset
+from tests.engine_logs import REGISTRIES
 
 GOOD = """\
 rules:
@@ -34,6 +36,7 @@ rules:
     source: test
     owner: water
 """
+OVERRIDE = "{select: {zone: z1}, when: {below: 0.1}, until: '2026-03-01', reason: test, source: test}"
 
 
 def test_the_library_is_what_was_agreed() -> None:
@@ -95,6 +98,21 @@ def test_a_rule_set_survives_its_bytes() -> None:
             "6 rules[0].only_while",
             "takes no guard",
         ),
+        *(
+            ("    owner: water", "    owner: water\n    overrides:\n      - " + OVERRIDE.replace(old, new), where, what)
+            for old, new, where, what in (
+                ("below: 0.1", "belwo: 0.1", "13 rules[0].overrides[0].when.belwo", "did you mean 'below'"),
+                ("below: 0.1", "below: low", "13 rules[0].overrides[0].when.below", "str"),
+                ("below: 0.1", "above: 0.1", "13 rules[0].overrides[0].when.above", "exactly one"),
+                ("below: 0.1", "", "13 rules[0].overrides[0].when", "at least one parameter"),
+                ("below: 0.1", "metric: flow_lps", "13 rules[0].overrides[0].when", "cannot change the kind"),
+                ("below: 0.1", "kind: absence", "13 rules[0].overrides[0].when.metric", "unknown field"),
+                ("{zone: z1}", "{}", "13 rules[0].overrides[0].select", "some of the devices"),
+                ("zone: z1", "zon: z1", "13 rules[0].overrides[0].select.zon", "did you mean 'zone'"),
+                ("2026-03-01", "soon", "13 rules[0].overrides[0].until", "ISO 8601"),
+                (", reason: test", "", "13 rules[0].overrides[0]", "reason"),
+            )
+        ),
     ],
 )
 def test_an_error_names_file_line_and_field(tmp_path: Path, old: str, new: str, where: str, what: str) -> None:
@@ -104,6 +122,28 @@ def test_an_error_names_file_line_and_field(tmp_path: Path, old: str, new: str, 
         load_rules(file)
     assert caught.value.where == f"{file}:{where}"
     assert what in caught.value.what
+
+
+def test_what_is_probably_not_meant_is_told_with_its_place(tmp_path: Path) -> None:
+    file, data = tmp_path / "mine.yaml", Layout(tmp_path / "data")
+    data.make()
+    text = GOOD.replace("kind: hydrant}", "kind: elevator}") + "    overrides:\n      - " + OVERRIDE
+    file.write_text(text.replace("2026-03-01", "2020-03-01"), encoding="utf-8")
+    argv = [sys.executable, "-m", "citybrain", "rules", "validate", str(file), "--data", str(data.root), "--json"]
+    done = subprocess.run([*argv, "--registry"], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no registry is in force" in done.stderr
+    data.write_active(Active(data.put_blob(encode_registry(REGISTRIES[0])), ""))
+    done = subprocess.run([*argv, "--registry"], check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout)["warnings"] == [
+        f"{file}:4 rules[0].select: selects none of 7 devices",
+        f"{file}:13 rules[0].overrides[0].until: is over since 2020-03-01T00:00:00.000Z; it does nothing",
+        f"{file}:13 rules[0].overrides[0].select: selects none of the rule's devices",
+    ]
+    assert "warning: " in done.stderr
+    argv[4] = "activate"
+    done = subprocess.run(argv, check=True, capture_output=True, text=True)
+    assert len(json.loads(done.stdout)["warnings"]) == 3
 
 
 def test_all_errors_of_a_folder_are_told_at_once(tmp_path: Path) -> None:
@@ -161,7 +201,7 @@ def citybrain(*args: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_validates_and_activates(tmp_path: Path) -> None:
     done = citybrain("validate", "--json")
-    assert (done.returncode, json.loads(done.stdout)) == (0, {"files": 3, "rules": 11, "errors": []})
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"files": 3, "rules": 11, "errors": [], "warnings": []})
     file = tmp_path / "mine.yaml"
     file.write_text(GOOD.replace("below", "belwo"), encoding="utf-8")
     done = citybrain("validate", str(file))

@@ -253,7 +253,7 @@ def test_any_number_of_workers_and_ingests() -> None:
             beat("worker-0", now, lag_s=0.5), beat("worker-1", now - 20_000, lag_s=30), beat("desk", now, lag_s=0),
         )
     }  # fmt: skip
-    assert not_live(beats, now) == [
+    assert not_live(beats, now, 2) == [
         "ingest-1 is not ready (not connected to the broker)", "worker-1 was last heard 20 s ago",
     ]  # fmt: skip
     assert vitals_of.stages(beats, 1.0)["worker"] == Stage(30, 0, 0, "worker-1")
@@ -262,13 +262,22 @@ def test_any_number_of_workers_and_ingests() -> None:
     assert vitals_of.dropped({"simulate": beat("simulate", now)}) == {}  # what it drops is not ours
 
 
-def test_what_an_earlier_run_left_is_left_out() -> None:
+def test_what_earlier_runs_left_is_left_out() -> None:
     now = 1_000_000
-    run = msgspec.structs.replace(beat("run", now), details={"parts": ["worker-0", "worker-1"]})
-    beats = {"run": run, "worker": beat("worker", now - 60_000), "worker-0": beat("worker-0", now)}
-    assert set(of_this_run(beats, now)) == {"run", "worker-0"}
-    silent = msgspec.structs.replace(run, at=now - 60_000)
-    assert set(of_this_run({**beats, "run": silent}, now)) == {"run", "worker", "worker-0"}
+    run = msgspec.structs.replace(beat("run", now), details={"parts": ["worker-0", "worker-1", "api"]})
+    beats = {
+        each.process: each
+        for each in (
+            run,
+            beat("worker", now - 60_000),
+            beat("worker-0", now),
+            beat("worker-1", now),
+            beat("simulate", 1),
+        )
+    }
+    assert set(of_this_run(beats, now, 2)) == {"run", "worker-0", "worker-1"}
+    beats["run"] = msgspec.structs.replace(run, at=now - 60_000)  # in containers nobody supervises
+    assert set(of_this_run(beats, now, 2)) == {"run", "worker-0", "worker-1", "simulate"}
 
 
 # --- counting ---------------------------------------------------------------------------------------------------

@@ -13,11 +13,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from citybrain.counters import Counters, Heartbeat, read_heartbeats
-from citybrain.layout import Layout
+from api.site import in_force, not_live
+from citybrain.clock import real_unix_ms, system_clock
+from citybrain.counters import Counters, Heartbeat, read_heartbeats, takes_of
+from citybrain.layout import Layout, Run
 from citybrain.model import Lane, Transition
 from citybrain.segments import Reader, Writer
 from streams.engine import Engine
+from streams.runtimes.embedded import usual_workers, workers_of
 from streams.runtimes.snapshots import KEPT, restored_engine, snapshot_paths, write_snapshot
 from streams.runtimes.worker import ShardWorker, last_written
 from tests.conftest import end, eventually
@@ -64,8 +67,8 @@ def written(layout: Layout) -> list[Transition]:
 
 
 @contextmanager
-def worker(layout: Layout) -> Iterator[subprocess.Popen[bytes]]:
-    argv = [sys.executable, "-m", "citybrain", "worker", "--data", str(layout.root), "--shards", "0"]
+def worker(layout: Layout, shard: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+    argv = [sys.executable, "-m", "citybrain", "worker", "--data", str(layout.root), "--shards", str(shard)]
     with subprocess.Popen([*argv, "--snapshot-s", "0.05"]) as process:
         try:
             yield process
@@ -78,7 +81,7 @@ def snapshot_offset(layout: Layout) -> int:
 
 
 def beat(layout: Layout) -> Heartbeat | None:
-    return next((found for found in read_heartbeats(layout.run) if found.process == "worker"), None)
+    return next((found for found in read_heartbeats(layout.run) if found.process == "worker-0"), None)
 
 
 def test_a_worker_killed_again_and_again_writes_every_transition_once(layout: Layout) -> None:
@@ -198,3 +201,52 @@ def test_what_was_written_last_is_found_across_segments(layout: Layout) -> None:
         writer.commit()
     writer.close()
     assert last_written(layout, 0) == (found[6].source, found[6].index)
+
+
+# --- several on one machine -------------------------------------------------------------------------------------------
+
+
+def test_two_workers_share_the_shards_and_the_run_is_live_with_both_only(layout: Layout) -> None:
+    writers = [Writer(layout.log(shard)) for shard in (0, 1)]
+    for writer in writers:
+        writer.start()
+        append(writer, log := busy_log(layout, 200, seed=5), 0, len(log.records))
+    expected = Engine(0, layout).process(log.records)
+
+    def missing() -> list[str]:
+        beats = {beat.process: beat for beat in read_heartbeats(layout.run)}
+        return [text for text in not_live(beats, real_unix_ms(), 2) if "worker" in text]
+
+    assert missing() == ["worker has not started"]
+    with worker(layout, 0), worker(layout, 1) as second:
+        eventually(lambda: missing() == [] and len(written(layout)) >= len(expected), 20)
+        beats = {beat.process: beat for beat in read_heartbeats(layout.run)}
+        assert [beat.process for beat in in_force(beats, "worker", 2)] == ["worker-0", "worker-1"]
+        assert not_live(beats, real_unix_ms() + 60_000, 2)[1].startswith("worker-0 was last heard 6")
+        del beats["worker-1"]
+        assert "no worker has shard 1" in not_live(beats, real_unix_ms(), 2)
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(5) == 0
+    for writer in writers:
+        writer.close()
+    assert written(layout) == expected
+    assert snapshot_paths(layout.engine(1))
+
+
+def test_shards_are_dealt_out_to_the_workers() -> None:
+    run = Run(clock=system_clock(), shards=5, workers=2)
+    assert workers_of(run) == [("worker-0-2-4", ("--shards", "0,2,4")), ("worker-1-3", ("--shards", "1,3"))]
+    assert workers_of(msgspec.structs.replace(run, workers=1)) == [("worker", ())]
+    assert [usual_workers(shards, 8) for shards in (1, 2, 3, 6)] == [1, 1, 3, 4]
+    assert takes_of("worker-0-2-4", 5) == ("worker", (0, 2, 4))
+    assert takes_of("worker", 2) == ("worker", (0, 1))
+
+
+def test_after_another_division_of_the_shards_only_the_newest_count(layout: Layout) -> None:
+    for at, name in enumerate(("worker", "worker-0", "worker-1")):
+        Counters(name, layout.run).publish(force=True)
+        path = layout.run / f"{name}.heartbeat.json"
+        beat = msgspec.json.decode(path.read_bytes(), type=Heartbeat)
+        path.write_bytes(msgspec.json.encode(msgspec.structs.replace(beat, at=beat.at + at)))
+    beats = {beat.process: beat for beat in read_heartbeats(layout.run)}
+    assert [beat.process for beat in in_force(beats, "worker", 2)] == ["worker-0", "worker-1"]

@@ -97,10 +97,10 @@ def rescued(site: Here, number: str, asked: Asked | None = None, x_actor: Actor 
 
 @router.post("/overrides", status_code=202, responses=REFUSED)
 def override(site: Here, asked: Override, x_actor: Actor = None) -> answers.Accepted:
-    """Silence a rule for a device and a time; it goes into the log as a control record."""
+    """Silence a rule for a device (or an area: `zone:CODE`) and a time; it goes into the log as a control record."""
     actor = actor_of(x_actor, asked.actor)
-    if site.latest.find(asked.device) is None:
-        raise rows.not_found("device", asked.device)
+    if not site.latest.means(asked.device):
+        raise rows.not_found("device or area", asked.device)
     if asked.until_ms <= asked.from_ms:
         raise Problem(400, "empty_time", "body until", "`until` must come after `from`, both in Unix ms")
     _known_rule(site, asked.rule)

@@ -31,7 +31,7 @@ PREFIX = "citybrain_"
 def healthz(site: Here, response: Response) -> answers.Health:
     """Return 200 while ingest (with its broker), worker and desk are alive and ready, 503 otherwise."""
     beats, now_ms = site.heartbeats(), real_unix_ms()
-    missing = not_live(beats, now_ms)
+    missing = not_live(beats, now_ms, site.run.shards)
     response.status_code = 503 if missing else 200
     return answers.Health(live=not missing, missing=missing, processes=processes(beats, now_ms))
 
@@ -48,7 +48,7 @@ def metrics(site: Here) -> Response:
 def status(site: Here) -> answers.Status:
     """Return the whole run in one object; it answers also while the run is not live and says why."""
     beats, now_ms = site.heartbeats(), real_unix_ms()
-    missing = not_live(beats, now_ms)
+    missing = not_live(beats, now_ms, site.run.shards)
     counts = database_counts(site)
     known = vitals.vitals(site, beats, now_ms, counts["undelivered"])
     readings, per_min = vitals.readings(beats, now_ms)
@@ -64,7 +64,7 @@ def status(site: Here) -> answers.Status:
         readings_per_s=round(per_min / 60, 1),
         dropped=vitals.dropped(beats),
         dropped_per_min=vitals.dropped_per_min(beats, now_ms),
-        lag_s=lag_s(beats),
+        lag_s=lag_s(vitals.ours(beats)),
         lag={name: answers.Stage(**msgspec.to_builtins(stage)) for name, stage in known.stages.items()},
         gateways=gateways(site, known.late),
         quarantine=answers.Quarantine(messages=waiting, devices=devices),
@@ -108,9 +108,9 @@ def disk_state(disk: Disk | None) -> answers.DiskState | None:
     )
 
 
-def lag_s(beats: Mapping[str, Heartbeat]) -> float:
+def lag_s(beats: Iterable[Heartbeat]) -> float:
     """Return how far the slowest of our processes is behind, in platform seconds."""
-    return round(max((beat.gauges.get("lag_s", 0.0) for beat in vitals.ours(beats)), default=0.0), 3)
+    return round(max((beat.gauges.get("lag_s", 0.0) for beat in beats), default=0.0), 3)
 
 
 def processes(beats: Mapping[str, Heartbeat], now_ms: int) -> dict[str, answers.Process]:

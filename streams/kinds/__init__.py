@@ -15,7 +15,11 @@ from streams.kinds import absence, device_code, reported, threshold
 
 
 class Kind(Protocol):
-    """What every kind's module offers. `JUDGES`: it judges single values, and `streams.kinds.holding` does the rest."""
+    """What every kind's module offers. `JUDGES`: it judges single values, and `streams.kinds.holding` does the rest.
+
+    One that judges has `TABLE` and `row` (what a rule compares with), `judge`, and, where its instances remember
+    something, `MEMORY`: a dtype whose zeros are an instance that knows nothing yet.
+    """
 
     JUDGES: bool
     SAMPLE: str
@@ -25,7 +29,7 @@ class Kind(Protocol):
     @property
     def problems(self) -> Callable[[Any], list[tuple[str, str]]]: ...
     @property
-    def metric(self) -> Callable[[Any], str]: ...
+    def metrics(self) -> Callable[[Any], tuple[str, ...]]: ...
     @property
     def limit(self) -> Callable[..., float | None]: ...
     @property

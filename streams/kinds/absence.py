@@ -14,7 +14,7 @@ import numpy as np
 
 from citybrain.config import Duration, duration_text
 from citybrain.model import Evidence
-from streams.kinds.holding import NEVER, Batch, Gateways, Links, Mutes, Structured
+from streams.kinds.holding import NEVER, U16, Batch, Gateways, Links, Mutes, Structured
 from streams.log import I64
 
 JUDGES = False
@@ -26,7 +26,7 @@ when:
 """
 RULE = np.dtype([("timeout", "i8")])
 # `due`: live time at which the silence is too long. `heard`: time of the last value (or frame), -1 before the first.
-STATE = np.dtype([("due", "i8"), ("heard", "i8"), ("raised", "i8")])
+STATE = np.dtype([("due", "i8"), ("heard", "i8"), ("raised", "i1")])
 
 
 class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,7 +38,7 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Watched(NamedTuple):
-    """Log records in order: 1 a frame of `gateway` received `at`, 2 a tick `at` with the platform up since `up`."""
+    """Log records in order: 1 a frame of `gateway` received `at`, 2 a tick `at`, the platform up since `up`, 0 none."""
 
     kind: I64
     gateway: I64
@@ -51,9 +51,9 @@ def problems(parameters: Parameters) -> list[tuple[str, str]]:
     return [] if parameters.timeout > 0 else [("timeout", "expected a duration longer than 0")]
 
 
-def metric(parameters: Parameters) -> str:
+def metrics(parameters: Parameters) -> tuple[str, ...]:
     """Return what the evidence is called: seconds of silence."""
-    return METRIC
+    return (METRIC,)
 
 
 def limit(parameters: Parameters, *, raised: bool) -> float | None:
@@ -62,23 +62,22 @@ def limit(parameters: Parameters, *, raised: bool) -> float | None:
 
 
 def silence(
-    batch: Batch, links: Links, gateways: Gateways, mutes: Mutes, rule: Structured, state: Structured, out: Structured
-) -> tuple[Structured, int]:
+    batch: Batch, links: Links, gateways: Gateways, mutes: Mutes, rule: U16, settings: Structured, state: Structured,
+    out: Structured,
+) -> tuple[Structured, int]:  # fmt: skip
     """Carry every device's absence over the batch; return (out, rows used). A raise's `at` is when it was too long."""
     rows = 0
     for p in range(len(batch.t)):
         if batch.used[p] == 0:
             continue
         series, t, live, stream = batch.series[p], batch.t[p], batch.live[p], batch.stream[p]
-        gateway = gateways.of_series[series]
+        gateway = batch.gateway[p]
         base, low = gateways.first[gateway], links.start[series]
         own = links.start[series + 1] - low
-        scanned = gateways.first[gateway + 1] - base if live > gateways.due[gateway] else 0
-        least = NEVER
-        if rows + scanned + own > len(out):
-            bigger = np.empty(2 * len(out) + scanned + own, out.dtype)
-            bigger[:rows] = out[:rows]
-            out = bigger
+        scanned = 0
+        if live > gateways.due[gateway]:
+            scanned = gateways.first[gateway + 1] - base
+            gateways.due[gateway] = NEVER  # the scan finds the next one
         for j in range(scanned + own):
             i = base + j if j < scanned else links.instance[low + j - scanned]
             s = state[i]
@@ -87,41 +86,43 @@ def silence(
                 edge = 0 if s.raised == 1 else -1
             elif s.raised == 0 and live > s.due:
                 at = stream - (live - s.due)
-                for m in range(mutes.start[i], mutes.start[i + 1]):
+                for m in range(np.searchsorted(mutes.instance, i), len(mutes.instance)):
+                    if mutes.instance[m] != i:
+                        break
                     if mutes.begin[m] <= at < mutes.end[m]:
                         at = mutes.end[m]
                         s.due = live - (stream - at)
                 edge = 1 if live > s.due else -1
             if edge >= 0:
-                since = s.heard if s.heard >= 0 else at - rule[i].timeout
+                if rows == len(out):
+                    bigger = np.empty(2 * len(out), out.dtype)
+                    bigger[:rows] = out
+                    out = bigger
+                since = s.heard if s.heard >= 0 else at - settings[rule[i]].timeout
                 row = out[rows]
                 row.position, row.instance, row.raised, row.at = p, i, edge, at
-                row.value, row.since, row.count = (at - since) / 1000, since, 1
+                row.value, row.since, row.count, row.term = (at - since) / 1000, since, 1, 0
                 s.raised = edge
                 rows += 1
             if j >= scanned:
-                s.heard, s.due = t, live + rule[i].timeout
+                s.heard, s.due = t, live + settings[rule[i]].timeout
                 gateways.due[gateway] = min(gateways.due[gateway], s.due)
-                continue
-            least = min(least, s.due if s.raised == 0 else NEVER)
-            if j == scanned - 1:
-                gateways.due[gateway] = least
+            elif s.raised == 0:
+                gateways.due[gateway] = min(gateways.due[gateway], s.due)
     return out, rows
 
 
 def watch(
-    records: Watched, links: Links, mutes: Mutes, rule: Structured, state: Structured, out: Structured
+    records: Watched, links: Links, mutes: Mutes, rule: U16, settings: Structured, state: Structured, out: Structured
 ) -> tuple[Structured, int]:
     """Carry every gateway's absence over the records; return (out, rows used). `links` is indexed by gateway."""
     rows = 0
     for p in range(len(records.kind)):
+        if records.kind[p] == 0:
+            continue
         frame = records.kind[p] == 1
         low = links.start[records.gateway[p]] if frame else 0
         high = links.start[records.gateway[p] + 1] if frame else len(state)
-        if rows + high - low > len(out):
-            bigger = np.empty(2 * len(out) + high - low, out.dtype)
-            bigger[:rows] = out[:rows]
-            out = bigger
         for j in range(low, high):
             i = links.instance[j] if frame else j
             s = state[i]
@@ -131,15 +132,21 @@ def watch(
                 since = s.heard
                 edge = 0 if s.raised == 1 else -1
                 s.heard = max(s.heard, at)
-            elif s.raised == 0 and at - since > rule[i].timeout:
-                at = since + rule[i].timeout
-                for m in range(mutes.start[i], mutes.start[i + 1]):
+            elif s.raised == 0 and at - since > settings[rule[i]].timeout:
+                at = since + settings[rule[i]].timeout
+                for m in range(np.searchsorted(mutes.instance, i), len(mutes.instance)):
+                    if mutes.instance[m] != i:
+                        break
                     at = mutes.end[m] if mutes.begin[m] <= at < mutes.end[m] else at
                 edge = 1 if at < records.at[p] else -1
             if edge >= 0:
+                if rows == len(out):
+                    bigger = np.empty(2 * len(out), out.dtype)
+                    bigger[:rows] = out
+                    out = bigger
                 row = out[rows]
                 row.position, row.instance, row.raised, row.at = p, i, edge, at
-                row.value, row.since, row.count = (at - since) / 1000, since, 1
+                row.value, row.since, row.count, row.term = (at - since) / 1000, since, 1, 0
                 s.raised = edge
                 rows += 1
     return out, rows

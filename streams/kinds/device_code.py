@@ -11,7 +11,7 @@ import numpy as np
 
 from citybrain.config import Duration, duration_text
 from citybrain.model import Evidence
-from streams.kinds.holding import I8, MAIN, Batch, Count, Links, Structured, count_problems
+from streams.kinds.holding import I8, MAIN, U16, Batch, Count, Links, Structured, count_problems
 from streams.log import F64
 
 JUDGES = True
@@ -22,7 +22,7 @@ when:
   codes: [90, 93]
   clear: [0, 40]
 """
-# Where an instance's codes stand among the numbers: codes[first..middle], clear[middle..last] behind `base`.
+# Where a rule's codes stand among the numbers: codes[first..middle], clear[middle..last] behind `base`.
 TABLE = np.dtype([("base", "i8"), ("codes", "i8"), ("clear", "i8")])
 
 
@@ -48,13 +48,13 @@ def problems(parameters: Parameters) -> list[tuple[str, str]]:
     return found
 
 
-def metric(parameters: Parameters) -> str:
+def metrics(parameters: Parameters) -> tuple[str, ...]:
     """Return the metric whose values are judged."""
-    return parameters.metric
+    return (parameters.metric,)
 
 
 def row(parameters: Parameters) -> tuple[tuple[int, int, int], tuple[float, ...]]:
-    """Return an instance's row of TABLE (its base is added by the plan), and its codes."""
+    """Return a rule's row of TABLE (its base is added by the plan), and its codes."""
     return (0, len(parameters.codes), len(parameters.clear)), (*parameters.codes, *parameters.clear)
 
 
@@ -63,7 +63,9 @@ def limit(parameters: Parameters, *, raised: bool) -> float | None:
     return None
 
 
-def judge(batch: Batch, links: Links, table: Structured, numbers: F64, verdict: I8) -> None:
+def judge(
+    batch: Batch, links: Links, table: Structured, rule: U16, numbers: F64, memory: Structured, verdict: I8
+) -> None:
     """Write into `verdict`, for every used value and instance it feeds: begins +1, ends -1, neither 0."""
     judged = 0
     for p in range(len(batch.t)):
@@ -72,7 +74,7 @@ def judge(batch: Batch, links: Links, table: Structured, numbers: F64, verdict: 
         series, value = batch.series[p], batch.value[p]
         for entry in range(links.start[series], links.start[series + 1]):
             if links.role[entry] == MAIN:
-                own = table[links.instance[entry]]
+                own = table[rule[links.instance[entry]]]
                 change = 0
                 for c in range(own.codes + own.clear):
                     if numbers[own.base + c] == value:

@@ -27,9 +27,9 @@ def problems(parameters: Parameters) -> list[tuple[str, str]]:
     return []
 
 
-def metric(parameters: Parameters) -> str:
-    """Return "": nothing was measured."""
-    return ""
+def metrics(parameters: Parameters) -> tuple[str, ...]:
+    """Return none: nothing was measured."""
+    return ()
 
 
 def limit(parameters: Parameters, *, raised: bool) -> float | None:

@@ -13,7 +13,7 @@ import numpy as np
 from citybrain.config import Duration, duration_text
 from citybrain.model import Evidence
 from citybrain.units import METRICS
-from streams.kinds.holding import I8, MAIN, Batch, Count, Links, Structured, count_problems
+from streams.kinds.holding import I8, MAIN, U16, Batch, Count, Links, Structured, count_problems
 from streams.log import F64
 
 JUDGES = True
@@ -55,13 +55,13 @@ def problems(parameters: Parameters) -> list[tuple[str, str]]:
     return found
 
 
-def metric(parameters: Parameters) -> str:
+def metrics(parameters: Parameters) -> tuple[str, ...]:
     """Return the metric whose values are judged."""
-    return parameters.metric
+    return (parameters.metric,)
 
 
 def row(parameters: Parameters) -> tuple[tuple[float, float, float], tuple[float, ...]]:
-    """Return an instance's row of TABLE, and no further numbers."""
+    """Return a rule's row of TABLE, and no further numbers."""
     if parameters.above is not None:
         return (1.0, parameters.above, parameters.above - parameters.deadband), ()
     assert parameters.below is not None  # `problems` has seen to it
@@ -74,16 +74,19 @@ def limit(parameters: Parameters, *, raised: bool) -> float | None:
     return at if raised else back
 
 
-def judge(batch: Batch, links: Links, table: Structured, numbers: F64, verdict: I8) -> None:
+def judge(
+    batch: Batch, links: Links, table: Structured, rule: U16, numbers: F64, memory: Structured, verdict: I8
+) -> None:
     """Write into `verdict`, for every used value and instance it feeds: begins +1, ends -1, neither 0."""
     judged = 0
+    plain = links.plain
     for p in range(len(batch.t)):
         if batch.used[p] == 0:
             continue
         series, value = batch.series[p], batch.value[p]
         for entry in range(links.start[series], links.start[series + 1]):
-            if links.role[entry] == MAIN:
-                own = table[links.instance[entry]]
+            if plain or links.role[entry] == MAIN:
+                own = table[rule[entry if plain else links.instance[entry]]]
                 begins = own.sign * value > own.sign * own.limit
                 ends = own.sign * value <= own.sign * own.back
                 verdict[judged] = 1 if begins else -1 if ends else 0

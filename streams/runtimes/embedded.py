@@ -23,7 +23,7 @@ import msgspec
 
 from citybrain.cli import Subcommand, emit
 from citybrain.clock import RunClock, from_iso, monotonic_s, real_unix_ms, system_clock, wait_s
-from citybrain.counters import Counters
+from citybrain.counters import Counters, process_name
 from citybrain.errors import Unavailable, UsageError
 from citybrain.layout import Layout, Run
 from citybrain.storage import OS_FILES
@@ -33,6 +33,7 @@ from streams.runtimes.supervisor import Part, Say, Supervisor
 KEYS = ("platform.key", "verdict.key")  # what we sign with, what the grid platform signs with
 PORTS = {"mqtt_port": "MQTT", "api_port": "API", "platform_port": "platform"}
 DEFAULTS = Run(clock=system_clock())
+ZONE_SHARDS = 2
 SLOW_S = 60.0  # not live by then: say who is missing
 
 
@@ -141,7 +142,10 @@ def decide(args: argparse.Namespace, layout: Layout, say: Say) -> Run:
         raise UsageError("--api-host: only with --prepare, for a container; on this machine everything is loopback")
     seed = last.seed if args.seed is None else args.seed
     api_host = args.api_host or (last.api_host if args.prepare else DEFAULTS.api_host)
-    return msgspec.structs.replace(last, clock=clock, seed=seed, api_host=api_host, **ports)
+    workers = args.workers if args.workers is not None else usual_workers(last.shards, os.cpu_count() or 1)
+    if not 1 <= workers <= last.shards:
+        raise UsageError(f"--workers {workers}: expected 1..{last.shards}, one shard each at least")
+    return msgspec.structs.replace(last, clock=clock, seed=seed, api_host=api_host, workers=workers, **ports)
 
 
 def parse_origin(text: str) -> int:
@@ -175,7 +179,7 @@ def parts_of(layout: Layout, run: Run, *, simulate: bool) -> list[Part]:
         Part("broker", broker, port=run.mqtt_port, heartbeat=installed is None, wave=2),
         Part("migrate", own("migrate"), once=True),
         Part("ingest", own("ingest"), proof="connected", least=1.0, wave=1),
-        Part("worker", own("worker"), proof="lag_s", wave=1),
+        *(Part(name, own("worker", *which), proof="lag_s", wave=1) for name, which in workers_of(run)),
         Part("desk", own("desk"), after=("migrate",), proof="lag_s", wave=1),
         Part("api", own("api"), after=("migrate",), port=run.api_port, wave=1),
     ]
@@ -186,6 +190,24 @@ def parts_of(layout: Layout, run: Run, *, simulate: bool) -> list[Part]:
             Part("simulate", own("simulate"), after=("provision",), wave=0),
         ]
     return parts
+
+
+def workers_of(run: Run) -> list[tuple[str, tuple[str, ...]]]:
+    """Return each worker's name and arguments: the shards are dealt out to them in turn."""
+    found: list[tuple[str, tuple[str, ...]]] = []
+    for first in range(min(run.workers, run.shards)):
+        shards = range(first, run.shards, min(run.workers, run.shards))
+        name = process_name("worker", shards, run.shards)
+        found.append((name, () if len(shards) == run.shards else ("--shards", ",".join(map(str, shards)))))
+    return found
+
+
+def usual_workers(shards: int, cores: int) -> int:
+    """Return how many engines to run where nobody says: one for a zone, else half of the cores, at most the shards.
+
+    [U] our choice: the other half is for ingest, the desk and whoever asks.
+    """
+    return 1 if shards <= ZONE_SHARDS else max(1, min(shards, cores // 2))
 
 
 def supervise(supervisor: Supervisor, run: Run, say: Say, stop: threading.Event, *, as_json: bool) -> None:
@@ -227,6 +249,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--origin", metavar="ISO", help="platform time to start at (default: now)")
     parser.add_argument("--speed", type=float, metavar="X", help="platform seconds per real second (default: 1)")
     parser.add_argument("--seed", type=int, metavar="N", help="what the simulation draws from (default: 7)")
+    parser.add_argument("--workers", type=int, metavar="N", help="engines that share the shards (default: by cores)")
     for field, name in PORTS.items():
         help_ = f"loopback port of {name} (default: the last run's, or {getattr(DEFAULTS, field)} if it is free)"
         parser.add_argument("--" + field.replace("_", "-"), type=int, metavar="N", help=help_)

@@ -13,7 +13,7 @@ from types import FrameType
 
 from citybrain.cli import Subcommand
 from citybrain.clock import monotonic_s, wait_s
-from citybrain.counters import Counters, read_heartbeats
+from citybrain.counters import Counters, process_name, read_heartbeats
 from citybrain.errors import CityBrainError, ConfigError, Damaged, NotFound, ProtocolError, Unavailable, UsageError
 from citybrain.layout import Layout, Run
 from citybrain.mailbox import Command, Mailbox
@@ -60,7 +60,7 @@ class IngestProcess:
         self.layout = layout
         self.shards = tuple(shards)
         # Where several processes share the shards each has a heartbeat and a mailbox of its own.
-        name = "ingest" if len(self.shards) == run.shards else "-".join(["ingest", *map(str, self.shards)])
+        name = process_name("ingest", self.shards, run.shards)
         self.counters = Counters(name, layout.run)
         self.ingest = Ingest(layout, self.shards, self.counters)
         self.counters.probes.append(self._quarantined)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
-from citybrain.errors import CityBrainError
+from citybrain.errors import CityBrainError, StorageError
 from citybrain.layout import Layout
 from citybrain.storage import OS_FILES
 from streams.engine import Engine
+from streams.snapshot import Frozen, save_snapshot
 
 SUFFIX = ".snapshot"
 KEPT = 2
@@ -20,12 +22,51 @@ def snapshot_paths(folder: Path) -> list[Path]:
 
 def write_snapshot(engine: Engine, folder: Path) -> Path:
     """Write a snapshot named by the log offset that comes next; remove all but the last two. Raises StorageError."""
-    path = folder / f"{engine.offset:020d}{SUFFIX}"
+    return write_frozen(engine.freeze(), folder)
+
+
+def write_frozen(frozen: Frozen, folder: Path) -> Path:
+    """Write what an engine remembered; it may go on meanwhile. Raises StorageError."""
+    path = folder / f"{frozen.header.offset:020d}{SUFFIX}"
     OS_FILES.make(folder)
-    OS_FILES.replace(path, engine.snapshot())
+    OS_FILES.replace(path, save_snapshot(*frozen))
     for old in snapshot_paths(folder)[:-KEPT]:
         OS_FILES.remove(old)
     return path
+
+
+class Saver:
+    """Writes an engine's snapshots in a thread of its own, one at a time, while the engine goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._thread: threading.Thread | None = None
+        self._failure: StorageError | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the last one is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, frozen: Frozen) -> None:
+        """Begin to write; `finish` must have been called for the one before."""
+        self._thread = threading.Thread(target=self._write, args=(frozen,), name="snapshot", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the one that is being written; raises StorageError where it could not be."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _write(self, frozen: Frozen) -> None:
+        try:
+            write_frozen(frozen, self._folder)
+        except StorageError as error:
+            self._failure = error
 
 
 def restored_engine(shard: int, layout: Layout) -> tuple[Engine, list[str]]:

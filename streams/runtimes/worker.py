@@ -15,16 +15,16 @@ from types import FrameType
 import msgspec
 
 from citybrain.cli import Subcommand
-from citybrain.clock import RunClock, monotonic_s, wait_s
-from citybrain.counters import Counters
+from citybrain.clock import monotonic_s, wait_s
+from citybrain.counters import Counters, process_name
 from citybrain.errors import DiskFull
-from citybrain.layout import Layout
+from citybrain.layout import Layout, Run
 from citybrain.model import Transition
 from citybrain.segments import Reader, Record, Writer, segments
 from citybrain.storage import OS_FILES, Files
 from streams.log import Kind
 from streams.runtimes.ingest import parse_shards
-from streams.runtimes.snapshots import restored_engine, write_snapshot
+from streams.runtimes.snapshots import Saver, restored_engine
 from streams.warm import warm_engine
 
 READ_BYTES = 8 * 1024 * 1024
@@ -69,6 +69,7 @@ class ShardWorker:
         self._reader = Reader(layout.log(shard), self.engine.offset, files)
         self._written = (-1, -1)
         self._waiting: list[Transition] = []
+        self._saver = Saver(layout.engine(shard))
         self._snapshot_offset = self.engine.offset
         self._snapshot_s = 0.0
 
@@ -105,7 +106,9 @@ class ShardWorker:
     def stop(self) -> None:
         """Write a last snapshot, unless transitions still wait for room on the disk."""
         if not self._waiting and self.engine.offset != self._snapshot_offset:
+            self._finish_snapshot()
             self._snapshot()
+        self._finish_snapshot()
         self._writer.close()
 
     def _write(self) -> bool:
@@ -142,24 +145,31 @@ class ShardWorker:
 
     def _snapshot_if_due(self) -> None:
         behind = self.engine.offset - self._snapshot_offset
+        if self._saver.busy:
+            return
+        self._finish_snapshot()
         if behind and (behind >= SNAPSHOT_RECORDS or monotonic_s() - self._snapshot_s >= self._period_s):
             self._snapshot()
 
     def _snapshot(self) -> None:
+        """Copy what the engine remembers and have it written beside the stream."""
+        self._saver.save(self.engine.freeze())
+        self._snapshot_offset, self._snapshot_s = self.engine.offset, monotonic_s()
+
+    def _finish_snapshot(self) -> None:
         try:
-            write_snapshot(self.engine, self.layout.engine(self.shard))
+            self._saver.finish()
         except DiskFull as error:
             self.counters.warn(str(error))  # the last one still stands; recovery only takes longer
-        self._snapshot_offset, self._snapshot_s = self.engine.offset, monotonic_s()
 
 
 class WorkerProcess:
     """The loop over all shards of this process. `run` returns when `stop` has been called."""
 
-    def __init__(self, layout: Layout, shards: Sequence[int], clock: RunClock, snapshot_s: float = SNAPSHOT_S) -> None:
-        self.counters = Counters("worker", layout.run)
+    def __init__(self, layout: Layout, run: Run, shards: Sequence[int], snapshot_s: float = SNAPSHOT_S) -> None:
+        self.counters = Counters(process_name("worker", shards, run.shards), layout.run)
         self.shards = [ShardWorker(shard, layout, self.counters, snapshot_s) for shard in shards]
-        self._clock = clock
+        self._clock = run.clock
         self._stopping = False
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
@@ -225,7 +235,7 @@ def _run(args: argparse.Namespace) -> int:
     layout = Layout(args.data)
     layout.make()
     run = layout.read_run()
-    process = WorkerProcess(layout, parse_shards(args.shards, run.shards), run.clock, args.snapshot_s)
+    process = WorkerProcess(layout, run, parse_shards(args.shards, run.shards), args.snapshot_s)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, process.stop)
     process.run()
