@@ -39,8 +39,14 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 LIMITS = Limits()
-# Drops that are no loss: the value is in the history, only its rule has seen a newer one.
-HARMLESS = frozenset({"late"})
+# Drops that are no loss, and how things are meant to go.
+HARMLESS = {
+    "late": "the value is in the history; its rule has seen a newer one",
+    "repeated": "the desk has this transition already",
+    "no_open_alarm": "the end of an alarm that its incident's end had closed",
+    "no_active_alarm": "the end of an alarm that had ended",
+    "ack_repeated": "an acknowledgement that came twice",
+}
 # Errors with a reason of their own here, or of one request.
 ELSEWHERE = frozenset({"delivery", "request", "recovery"})
 
@@ -73,7 +79,7 @@ class Vitals(msgspec.Struct, frozen=True):
     stages: Mapping[str, Stage] = {}
     gateways: int = 0
     late: tuple[Late, ...] = ()
-    readings_per_min: float = 0.0
+    values_per_min: float = 0.0
     dropped_per_min: Mapping[str, float] = {}
     errors_per_min: Mapping[str, float] = {}  # "ingest: log" → how many
     disk: Disk | None = None
@@ -185,7 +191,7 @@ def _errors(errors: Mapping[str, float], limits: Limits) -> Iterable[Reason]:
 def _dropped(vitals: Vitals, limits: Limits) -> Iterable[Reason]:
     dropped = {reason: amount for reason, amount in vitals.dropped_per_min.items() if reason not in HARMLESS}
     amount = sum(dropped.values())
-    share = amount / (amount + vitals.readings_per_min) if amount else 0.0
+    share = amount / (amount + vitals.values_per_min) if amount else 0.0
     if amount >= limits.drop_least_per_min and share >= limits.drop_share:
         most = max(dropped, key=lambda reason: dropped[reason])
         yield Reason("degraded", "dropped", {"percent": f"{share * 100:.0f}", "reason": most})

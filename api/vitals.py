@@ -54,11 +54,11 @@ def errors_per_min(beats: Mapping[str, Heartbeat], now_ms: int) -> dict[str, flo
     }
 
 
-def readings(beats: Mapping[str, Heartbeat], now_ms: int) -> tuple[int, float]:
-    """Return how many values ingest accepted since the first start, and in the last minute."""
+def taken(beats: Mapping[str, Heartbeat], now_ms: int, counter: str = "readings_total") -> tuple[int, float]:
+    """Return how many readings (or values) ingest accepted since the first start, and in the last minute."""
     mine = [beat for beat in beats.values() if role_of(beat.process) == "ingest"]
-    total = sum(beat.counters.get("readings_total", 0) for beat in mine)
-    return total, sum(beat.per_minute.get("readings_total", 0.0) for beat in mine if beat.live(now_ms))
+    total = sum(beat.counters.get(counter, 0) for beat in mine)
+    return total, sum(beat.per_minute.get(counter, 0.0) for beat in mine if beat.live(now_ms))
 
 
 def stages(beats: Mapping[str, Heartbeat], speed: float) -> dict[str, Stage]:
@@ -143,7 +143,7 @@ def vitals(site: Site, beats: Mapping[str, Heartbeat], now_ms: int, waiting: int
         stages=found,
         gateways=len(site.latest.registry.gateways),
         late=tuple(late_gateways(site)),
-        readings_per_min=readings(beats, now_ms)[1],
+        values_per_min=taken(beats, now_ms, "values_total")[1],
         dropped_per_min=dropped_per_min(beats, now_ms),
         errors_per_min=errors_per_min(beats, now_ms),
         disk=disk(site),

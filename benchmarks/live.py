@@ -7,8 +7,8 @@ seconds. lag_s_p99: real seconds from the arrival of a message at ingest until t
 or until the worker had judged it, whichever is worse, over all that came in these minutes, rounded up to a size of
 `citybrain.counters.BOUNDS_S`; by_stage has each stage's. pss_mb_max: the memory of all processes of the run together
 (PSS; the simulator and the grid platform, which are not ours to run in a city, included; pss_mb_ours without them).
-dropped: by reason. unexplained: those of them that are no consequence of what the simulation does on purpose. worst:
-the worst the status page said, and how often it said which reason.
+dropped: by reason. unexplained: those of them whose reason is not one of `api.health.HARMLESS`, which say why they lose
+nothing. levels, reasons: how often the status page said which.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from api.health import HARMLESS
 from benchmarks.system import System
 from citybrain.counters import Heartbeat, percentile, read_heartbeats
 
 LOOK_S = 5.0
 WARM_S = 60.0  # compiling, first snapshots, the first reports of all devices at once
-# What the simulation does on purpose: gateways that come back bring what newer values have overtaken, clouds push late.
-EXPECTED = frozenset({"late", "inactive"})
 BESIDE = frozenset({"simulate", "platform", "operator"})
 
 
@@ -94,7 +93,7 @@ class Watch:
             "lag_s_p99": max((value["p99"] for stage, value in by_stage.items() if stage != "outbox"), default=None),
             "pss_mb_max": round(self.pss_mb, 1),
             "dropped": dict(dropped),
-            "unexplained": sum(amount for reason, amount in dropped.items() if reason not in EXPECTED),
+            "unexplained": sum(amount for reason, amount in dropped.items() if reason not in HARMLESS),
             "readings": readings,
             "by_stage": by_stage,
             "pss_mb_ours": round(self.pss_mb_ours, 1),

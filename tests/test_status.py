@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from bisect import bisect_left
@@ -182,7 +183,7 @@ def said(vitals: Vitals) -> tuple[str, list[str]]:
 
 
 def test_nothing_wrong_is_well() -> None:
-    assert said(Vitals(stages={"worker": Stage(0.2, 0.1, 1.9, "worker")}, gateways=5, readings_per_min=600)) == (
+    assert said(Vitals(stages={"worker": Stage(0.2, 0.1, 1.9, "worker")}, gateways=5, values_per_min=600)) == (
         "well",
         [],
     )
@@ -201,10 +202,10 @@ JUDGED = [
     (Vitals(stages={"worker": Stage(45, 1, 1, "worker-0")}), "degraded", "worker-0 45 s behind"),
     (Vitals(stages={"desk": Stage(600, 1, 1, "desk")}), "down", "desk 10 min behind"),
     (Vitals(stages={"ingest": Stage(0.1, 1, 2.5, "ingest")}), "degraded", "ingest slow at times (p99 2.5 s)"),
-    (Vitals(readings_per_min=88, dropped_per_min={"unknown_device": 12}), "degraded",
-     "12 % of readings dropped: unknown device"),
-    (Vitals(readings_per_min=88, dropped_per_min={"of_a_new_kind": 12}), "degraded",
-     "12 % of readings dropped: of_a_new_kind"),
+    (Vitals(values_per_min=88, dropped_per_min={"unknown_device": 12}), "degraded",
+     "12 % of values dropped: unknown device"),
+    (Vitals(values_per_min=88, dropped_per_min={"of_a_new_kind": 12}), "degraded",
+     "12 % of values dropped: of_a_new_kind"),
     (Vitals(outbox_s=240, outbox_waiting=9), "degraded", "9 undelivered, the oldest for 4 min"),
     (Vitals(restarted={"worker": 120, "desk": 900}), "degraded", "worker restarted 2 min ago"),
     (Vitals(errors_per_min={"ingest: log": 30}), "degraded", "ingest: log errors, 30 a minute"),
@@ -220,9 +221,9 @@ def test_what_matters_is_said(vitals: Vitals, level: str, words: str) -> None:
 @pytest.mark.parametrize(
     "vitals",
     [
-        Vitals(readings_per_min=9_000, dropped_per_min={"late": 4_000}),  # in the history; a newer value was there
-        Vitals(readings_per_min=9_000, dropped_per_min={"unknown_device": 12}),
-        Vitals(readings_per_min=1, dropped_per_min={"unknown_device": 2}),
+        Vitals(values_per_min=9_000, dropped_per_min={"late": 4_000}),  # in the history; a newer value was there
+        Vitals(values_per_min=9_000, dropped_per_min={"unknown_device": 12}),
+        Vitals(values_per_min=1, dropped_per_min={"unknown_device": 2}),
         Vitals(disk=Disk(100, 50, 1, grows_per_day=-5.0)),
         Vitals(outbox_s=5, outbox_waiting=9),
         Vitals(stages={"outbox": Stage(20, 5, 20, "desk")}),  # the platform is slow; see outbox_s
@@ -354,3 +355,19 @@ def test_disk_growth_needs_five_minutes(tmp_path: Path, monkeypatch: pytest.Monk
     assert found.grows_per_day == pytest.approx((found.data - 0) * 100, rel=0.02)
     assert found.full_in_days is not None
     assert 0 < found.used_share < 1
+
+
+def test_every_counter_is_documented() -> None:
+    """Names that stand in the sources as `add("x_total"…)`, `counts["x"]` of the desk, or `…["x_total"]`."""
+    root = Path(__file__).parents[1]
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (root / "docs").glob("*.md"))
+    found: set[str] = set()
+    for package in ("api", "streams", "gateway", "citybrain", "simulators"):
+        for source in (root / package).rglob("*.py"):
+            text = source.read_text(encoding="utf-8")
+            found |= set(re.findall(r'\b(?:add|delayed)\(\s*"([a-z_]+_total)"', text))
+            found |= set(re.findall(r'(?:counts|values)\[f?"([a-z_]+_total)', text))
+            found |= {f"{name}_total" for name in re.findall(r'ledger\.counts\["([a-z_]+)"\]', text)}
+            found |= set(re.findall(r'gauges\["([a-z_]+)"\]', text))
+    assert len(found) >= 40
+    assert {name for name in found if f"`{name}" not in pages} == set()

@@ -167,13 +167,14 @@ function pipeline(status) {
     ...pair("status.disk", disk(status.disk)),
     ...pair("status.delivered", t("status.delivered_of", { total: status.delivered, waiting: outbox.waiting, oldest })
       + (outbox.dead ? ` · ${t("status.dead", { count: outbox.dead })}` : "")));
+  const processes = element("dl");
   for (const [name, process] of Object.entries(status.processes)) {
     const words = element("dd", "", element("span", process.ready ? "good" : "bad", how(process)),
       ` · ${t("process.age", { seconds: process.age_s })}`,
       process.restarts ? ` · ${t("status.restarts", { count: process.restarts })}` : "");
-    list.append(element("dt", "", name), words);
+    processes.append(element("dt", "", name), words);
   }
-  return element("div", "", stages(status.lag), list);
+  return [stages(status.lag), list, processes];
 }
 
 function how(process) {
@@ -181,6 +182,9 @@ function how(process) {
 }
 
 const SIGNS = { well: "●", degraded: "▲", down: "■" };
+
+// Where not all is well the details open by themselves, once; after that they are as their reader leaves them.
+let opened = false;
 
 function health(status) {
   const { level, text, reasons } = status.health;
@@ -192,6 +196,7 @@ function health(status) {
   document.getElementById("health").className = level;
   document.getElementById("level").textContent = `${SIGNS[level]} ${both(text)}`;
   document.getElementById("reasons").textContent = words.slice(0, 2).join(" · ") || calm;
+  if (level !== "well" && !opened) document.getElementById("inside").open = opened = true;
   document.getElementById("further").textContent = words.slice(2).join(" · ");
 }
 
@@ -244,7 +249,7 @@ async function refresh() {
     state.listings = LISTS.map(([name, , draw, order], index) => [name, pages[index], draw, order]);
     header(status);
     health(status);
-    document.getElementById("pipeline").replaceChildren(pipeline(status));
+    document.getElementById("pipeline").replaceChildren(...pipeline(status));
     show();
     document.getElementById("contact").hidden = true;
   } catch (error) {

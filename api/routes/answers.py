@@ -367,7 +367,7 @@ class Status(BaseModel):
     run: str = Field(description="what tells this run from another")
     at: int = Field(description="platform time")
     speed: float = Field(description="platform seconds per real second")
-    readings: int = Field(description="values accepted by ingest since the first start")
+    readings: int = Field(description="readings accepted by ingest since the first start")
     readings_per_s: float = Field(description="in the last minute, real time")
     dropped: dict[str, int] = Field(description="what was not used since the first start, by reason")
     dropped_per_min: dict[str, float] = Field(description="what was not used in the last minute, by reason")

@@ -51,7 +51,7 @@ def status(site: Here) -> answers.Status:
     missing = not_live(beats, now_ms, site.run.shards)
     counts = database_counts(site)
     known = vitals.vitals(site, beats, now_ms, counts["undelivered"])
-    readings, per_min = vitals.readings(beats, now_ms)
+    readings, per_min = vitals.taken(beats, now_ms)
     waiting, devices = vitals.quarantine(beats)
     return answers.Status(
         health=condition(judge(known)),
