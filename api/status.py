@@ -6,19 +6,16 @@ import argparse
 import hashlib
 import os
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
-from http.client import HTTPException
 from typing import Any
 
 import msgspec
 
+from api.calls import Api
 from citybrain.cli import Subcommand, emit
 from citybrain.errors import Unavailable
 from citybrain.layout import Layout, Run
 
-TIMEOUT_S = 5.0
 # What `--json` promises, in this order; the API's other keys follow.
 KEYS = ("readings", "dropped", "alarms_open", "incidents_open", "cases", "delivered", "closed", "lag_s", "rescues",
         "maintenance", "processes")  # fmt: skip
@@ -30,26 +27,17 @@ def run_name(run: Run) -> str:
 
 
 def ask(layout: Layout) -> dict[str, Any]:
-    """Return the status of a live run; raises Unavailable where it is not live, saying why and what to do."""
+    """Return the status of this run, live or not; raises Unavailable where nobody, or another run, answers."""
     run = layout.read_run()
-    url = f"http://{run.host}:{run.api_port}/v1/status"
     try:
-        # Straight to loopback: a proxy in the environment has no business here.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(url, timeout=TIMEOUT_S) as answer:
-            status: dict[str, Any] = msgspec.json.decode(answer.read(), type=dict[str, Any])
-    except (urllib.error.URLError, OSError, HTTPException, msgspec.DecodeError) as error:
-        reason = getattr(error, "reason", error)
-        raise Unavailable(
-            f"{layout.root}: not live: the API at {url} does not answer ({reason}); start it with `citybrain run`"
-        ) from None
+        status = Api(layout).get("/v1/status")
+    except Unavailable as error:
+        raise Unavailable(f"{layout.root}: not live: {str(error).removeprefix(f'{layout.root}: ')}") from None
     if status.get("run") != run_name(run):
         raise Unavailable(
             f"{layout.root}: not live: port {run.api_port} is answered by another run; "
             f"start this one with `citybrain run --data {layout.root}`"
         )
-    if not status["live"]:
-        raise Unavailable(f"{layout.root}: not live: {'; '.join(status['missing'])}; logs are in {layout.run}")
     return {key: status[key] for key in KEYS} | {key: value for key, value in status.items() if key not in KEYS}
 
 
@@ -189,11 +177,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    status = ask(Layout(args.data))
+    layout = Layout(args.data)
+    status = ask(layout)
+    if not args.json:  # who looks at a run that is not live wants to see what still works
+        sys.stdout.write("\n".join(lines(status, language(os.environ))) + "\n")
+    if not status["live"]:
+        raise Unavailable(f"{layout.root}: not live: {'; '.join(status['missing'])}; logs are in {layout.run}")
     if args.json:
         emit(status, as_json=True)
-    else:
-        sys.stdout.write("\n".join(lines(status, language(os.environ))) + "\n")
     return 0
 
 

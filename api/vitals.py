@@ -61,21 +61,23 @@ def taken(beats: Mapping[str, Heartbeat], now_ms: int, counter: str = "readings_
     return total, sum(beat.per_minute.get(counter, 0.0) for beat in mine if beat.live(now_ms))
 
 
-def stages(beats: Mapping[str, Heartbeat], speed: float) -> dict[str, Stage]:
-    """Return how far every stage is behind, by the slowest of its processes."""
+def stages(beats: Mapping[str, Heartbeat], speed: float, now_ms: int) -> dict[str, Stage]:
+    """Return how far every stage is behind, by the slowest of its processes; a silent one by its silence."""
     found = dict.fromkeys(STAGES, Stage())
     for beat in beats.values():
         role = role_of(beat.process)
         if role in PIPELINE:
-            found[role] = max(found[role], _stage(beat, "lag_s", "lag_s", speed), key=_slowness)
+            found[role] = max(found[role], _stage(beat, "lag_s", "lag_s", speed, now_ms), key=_slowness)
         if role == "desk":
-            found["outbox"] = _stage(beat, "outbox_age_s", "outbox_s", speed)
+            found["outbox"] = _stage(beat, "outbox_age_s", "outbox_s", speed, now_ms)
     return found
 
 
-def _stage(beat: Heartbeat, gauge: str, delays: str, speed: float) -> Stage:
+def _stage(beat: Heartbeat, gauge: str, delays: str, speed: float, now_ms: int) -> Stage:
     delay = beat.delays.get(delays)
     behind_s = beat.gauges.get(gauge, 0.0) / speed
+    if not beat.live(now_ms):
+        behind_s = max(behind_s, (now_ms - beat.at) / 1000)
     if delay is None:
         return Stage(round(behind_s, 3), process=beat.process)
     now_s = max(behind_s, delay.latest) if gauge == "lag_s" else behind_s
@@ -135,7 +137,7 @@ def disk(site: Site) -> Disk | None:
 
 def vitals(site: Site, beats: Mapping[str, Heartbeat], now_ms: int, waiting: int) -> Vitals:
     """Return what `api.health.judge` is given. `now_ms` is real time; `waiting`: messages in the outbox."""
-    found = stages(beats, site.run.clock.speed)
+    found = stages(beats, site.run.clock.speed, now_ms)
     again = restarts(beats)
     return Vitals(
         missing=tuple(_missing(beats, now_ms, site.run.shards)),

@@ -100,6 +100,21 @@ def test_a_stale_heartbeat_is_not_live(site: Seeded) -> None:
     site.beat()
     assert done.returncode == 4
     assert "worker was last heard 60 s ago" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_person_sees_also_what_still_works(site: Seeded) -> None:
+    site.beat(without=("desk",))
+    path = site.layout.run / "desk.heartbeat.json"
+    beat = json.loads(path.read_text())
+    path.write_text(json.dumps({**beat, "at": beat["at"] - 60_000}))
+    done = status(site.layout.root, LANG="C.UTF-8")
+    site.beat()
+    assert done.returncode == 4
+    assert done.stdout.startswith("■ down: desk does not work")
+    assert "desk 6" in done.stdout
+    assert "ingest     ready" in done.stdout
+    assert "desk       silent" in done.stdout
 
 
 def test_nothing_running_says_what_to_do(tmp_path: Path) -> None:
@@ -257,8 +272,9 @@ def test_any_number_of_workers_and_ingests() -> None:
     assert not_live(beats, now, 2) == [
         "ingest-1 is not ready (not connected to the broker)", "worker-1 was last heard 20 s ago",
     ]  # fmt: skip
-    assert vitals_of.stages(beats, 1.0)["worker"] == Stage(30, 0, 0, "worker-1")
-    assert vitals_of.stages(beats, 60.0)["worker"].now_s == 0.5  # real seconds
+    assert vitals_of.stages(beats, 1.0, now)["worker"] == Stage(30, 0, 0, "worker-1")
+    assert vitals_of.stages(beats, 60.0, now - 20_000)["worker"].now_s == 0.5  # real seconds
+    assert vitals_of.stages(beats, 60.0, now)["worker"].now_s == 20  # nothing has been done for so long, at least
     assert vitals_of.dropped(beats) == {"late": 10}
     assert vitals_of.dropped({"simulate": beat("simulate", now)}) == {}  # what it drops is not ours
 
