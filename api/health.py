@@ -7,6 +7,7 @@ and `/v1/status` all say what stands here. All limits are in `Limits`, each with
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import inf
 from typing import Literal
 
 import msgspec
@@ -24,6 +25,7 @@ class Limits(msgspec.Struct, frozen=True):
     lag_s: float = 10.0  # a trapped passenger is told within 10 s: a stage that far behind breaks that promise
     lag_down_s: float = 300.0  # what is urgent is told within 5 min
     lag_p99_s: float = 2.0  # what we promise of ordinary days (docs/measurements.md)
+    settled_s: float = 360.0  # up for so long, none of the last 5 minutes is what had piled up while it started
     gateway_silent_ms: int = 90_000  # platform time, as the rule gateway_offline has it
     gateways_down_share: float = 0.5  # so many at once are not gateways, but the line, the broker or ingest
     drop_share: float = 0.01  # [U] our choice: a device nobody provisioned is less, a wrong unit or clock is more
@@ -58,6 +60,7 @@ class Stage(msgspec.Struct, frozen=True):
     p50_s: float = 0.0
     p99_s: float = 0.0
     process: str = ""  # the slowest of the stage's processes
+    up_s: float = inf  # how long that is up
 
 
 class Late(msgspec.Struct, frozen=True):
@@ -165,7 +168,7 @@ def _lag(stages: Mapping[str, Stage], limits: Limits) -> Iterable[Reason]:
         if stage.now_s >= limits.lag_s:
             level: Level = "down" if stage.now_s >= limits.lag_down_s else "degraded"
             yield Reason(level, "lag", {**who, "behind": float(stage.now_s)})
-        elif stage.p99_s > limits.lag_p99_s:
+        elif stage.p99_s > limits.lag_p99_s and stage.up_s >= limits.settled_s:
             yield Reason("degraded", "lag_p99", {**who, "behind": float(stage.p99_s)})
 
 

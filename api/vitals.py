@@ -78,10 +78,11 @@ def _stage(beat: Heartbeat, gauge: str, delays: str, speed: float, now_ms: int) 
     behind_s = beat.gauges.get(gauge, 0.0) / speed
     if not beat.live(now_ms):
         behind_s = max(behind_s, (now_ms - beat.at) / 1000)
+    up_s = (now_ms - beat.started) / 1000
     if delay is None:
-        return Stage(round(behind_s, 3), process=beat.process)
+        return Stage(round(behind_s, 3), process=beat.process, up_s=up_s)
     now_s = max(behind_s, delay.latest) if gauge == "lag_s" else behind_s
-    return Stage(round(now_s, 3), delay.p50, delay.p99, beat.process)
+    return Stage(round(now_s, 3), delay.p50, delay.p99, beat.process, up_s)
 
 
 def _slowness(stage: Stage) -> tuple[float, float, bool]:

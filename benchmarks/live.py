@@ -22,9 +22,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from api.calls import Api
 from api.health import HARMLESS
 from benchmarks.system import System
 from citybrain.counters import Heartbeat, percentile, read_heartbeats
+from citybrain.errors import Unavailable
 
 LOOK_S = 5.0
 WARM_S = 60.0  # compiling, first snapshots, the first reports of all devices at once
@@ -55,9 +57,12 @@ class Watch:
 
     def look(self) -> None:
         """Take one sample of status and memory."""
-        status = self.system.status()
-        self.levels[status["health"]["level"] if status else "not live"] += 1
-        self.reasons.update(reason["code"] for reason in (status["health"]["reasons"] if status else ()))
+        try:  # not `citybrain status`: starting Python every few seconds is load of its own
+            health = Api(self.system.layout).get("/v1/status")["health"]
+        except Unavailable:
+            health = {"level": "no answer", "reasons": []}
+        self.levels[health["level"]] += 1
+        self.reasons.update(reason["code"] for reason in health["reasons"])
         sizes = {name: pss_kb(pid) / 1024 for name, pid in self.system.children().items()}
         whole = sum(sizes.values()) + (pss_kb(self.system.process.pid) / 1024 if self.system.process else 0.0)
         self.pss_mb = max(self.pss_mb, whole)

@@ -241,6 +241,7 @@ def test_what_matters_is_said(vitals: Vitals, level: str, words: str) -> None:
         Vitals(values_per_min=1, dropped_per_min={"unknown_device": 2}),
         Vitals(disk=Disk(100, 50, 1, grows_per_day=-5.0)),
         Vitals(outbox_s=5, outbox_waiting=9),
+        Vitals(stages={"worker": Stage(0.1, 1, 9, "worker", up_s=120)}),  # what had piled up while it started
         Vitals(stages={"outbox": Stage(20, 5, 20, "desk")}),  # the platform is slow; see outbox_s
     ],
 )
@@ -272,7 +273,7 @@ def test_any_number_of_workers_and_ingests() -> None:
     assert not_live(beats, now, 2) == [
         "ingest-1 is not ready (not connected to the broker)", "worker-1 was last heard 20 s ago",
     ]  # fmt: skip
-    assert vitals_of.stages(beats, 1.0, now)["worker"] == Stage(30, 0, 0, "worker-1")
+    assert vitals_of.stages(beats, 1.0, now)["worker"] == Stage(30, 0, 0, "worker-1", up_s=20)
     assert vitals_of.stages(beats, 60.0, now - 20_000)["worker"].now_s == 0.5  # real seconds
     assert vitals_of.stages(beats, 60.0, now)["worker"].now_s == 20  # nothing has been done for so long, at least
     assert vitals_of.dropped(beats) == {"late": 10}

@@ -314,6 +314,7 @@ class Stage(BaseModel):
     p50_s: float = Field(description="of the last 5 minutes")
     p99_s: float = Field(description="of the last 5 minutes")
     process: str
+    up_s: float | None = Field(description="how long that process is up; null: there is none")
 
 
 class HealthReason(BaseModel):

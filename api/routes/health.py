@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
@@ -14,7 +15,7 @@ from sqlalchemy import Connection, func, select
 
 from api import vitals
 from api.disk import Disk
-from api.health import LEVELS, LIMITS, Late, Reason, judge, level_of
+from api.health import LEVELS, LIMITS, Late, Reason, Stage, judge, level_of
 from api.routes import answers, rows
 from api.site import Here, Problem, Site, not_live, ready, role_of
 from api.status import run_name
@@ -65,7 +66,7 @@ def status(site: Here) -> answers.Status:
         dropped=vitals.dropped(beats),
         dropped_per_min=vitals.dropped_per_min(beats, now_ms),
         lag_s=lag_s(vitals.ours(beats)),
-        lag={name: answers.Stage(**msgspec.to_builtins(stage)) for name, stage in known.stages.items()},
+        lag={name: _stage(stage) for name, stage in known.stages.items()},
         gateways=gateways(site, known.late),
         quarantine=answers.Quarantine(messages=waiting, devices=devices),
         disk=disk_state(known.disk),
@@ -92,6 +93,11 @@ def condition(reasons: Iterable[Reason]) -> answers.Condition:
             for reason in found
         ],
     )
+
+
+def _stage(stage: Stage) -> answers.Stage:
+    up_s = stage.up_s if math.isfinite(stage.up_s) else None
+    return answers.Stage(now_s=stage.now_s, p50_s=stage.p50_s, p99_s=stage.p99_s, process=stage.process, up_s=up_s)
 
 
 def disk_state(disk: Disk | None) -> answers.DiskState | None:
