@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections import deque
@@ -37,17 +38,11 @@ class Disk(msgspec.Struct, frozen=True):
 
 def folder_bytes(folder: Path) -> int:
     """Return what the files below a folder take; files that go away meanwhile count nothing."""
-    total, todo = 0, [os.fspath(folder)]
-    while todo:
-        try:
-            with os.scandir(todo.pop()) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        todo.append(entry.path)
-                    else:
-                        total += entry.stat(follow_symlinks=False).st_blocks * 512
-        except FileNotFoundError:
-            continue
+    total = 0
+    for path, _, names in os.walk(folder):  # what it cannot list it leaves out
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(path, name)).st_blocks * 512  # noqa: PTH118  a Path for each is dear
     return total
 
 

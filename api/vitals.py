@@ -136,7 +136,7 @@ def disk(site: Site) -> Disk | None:
         return None
 
 
-def vitals(site: Site, beats: Mapping[str, Heartbeat], now_ms: int, waiting: int) -> Vitals:
+def gather(site: Site, beats: Mapping[str, Heartbeat], now_ms: int, waiting: int) -> Vitals:
     """Return what `api.health.judge` is given. `now_ms` is real time; `waiting`: messages in the outbox."""
     found = stages(beats, site.run.clock.speed, now_ms)
     again = restarts(beats)

@@ -51,7 +51,7 @@ def status(site: Here) -> answers.Status:
     beats, now_ms = site.heartbeats(), real_unix_ms()
     missing = not_live(beats, now_ms, site.run.shards)
     counts = database_counts(site)
-    known = vitals.vitals(site, beats, now_ms, counts["undelivered"])
+    known = vitals.gather(site, beats, now_ms, counts["undelivered"])
     readings, per_min = vitals.taken(beats, now_ms)
     waiting, devices = vitals.quarantine(beats)
     return answers.Status(
@@ -275,7 +275,7 @@ def _buckets(counts: tuple[int, ...]) -> list[tuple[str, float]]:
 
 def _site_families(site: Site, beats: Mapping[str, Heartbeat], now_ms: int) -> list[Metric]:
     """What no process counts: the judgement, the gateways, the disk."""
-    known = vitals.vitals(site, beats, now_ms, 0)
+    known = vitals.gather(site, beats, now_ms, 0)
     late = GaugeMetricFamily(PREFIX + "gateway_late_seconds", "platform seconds, of silent ones", labels=["gateway"])
     for each in known.late:
         late.add_metric([each.id], -1.0 if each.late_s is None else each.late_s)
