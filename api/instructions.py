@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from api.assets import office
 from api.cases.cases import CASE, FINISHED, judged, mirror, parse_stage
 from api.clerk import Clerk
 from api.ledger import Row
@@ -282,4 +283,5 @@ HANDLERS: dict[str, Handler] = {
     "reassign": _reassign,
     "progress": _progress,
     "verdict": _verdict,
+    **office.HANDLERS,
 }

@@ -1,27 +1,29 @@
 """The virtual district: what stands where, who answers for it, and through which gateway it speaks.
 
-Ten pressure zones of 20 hydrants lie in two streets, five one below the other in each; a zone fills one responsibility
-grid of about 1.1 km by 0.3 km. Six buildings hold 20 elevators. Everything is invented and follows from the seed.
+`build(seed)` is the small one of a demo, made here: ten pressure zones of 20 hydrants lie in two streets, five one
+below the other in each; a zone fills one responsibility grid of about 1.1 km by 0.3 km; six buildings hold 20 lifts.
+`build(seed, "reference")` has the size and structure of a real district (simulators/world/). Everything is invented and
+follows from the seed.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
-import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from citybrain.model import Cell, Device, Gateway, Place, Registry, Unit
 from simulators.noise import Noise
+from simulators.world.city import CELL_M, DIVISION, SIZES, Box, District, Metres, Size, degrees, grouped
+from simulators.world.reference import build_reference
 
-# Invented: open water, so that no real neighbourhood is meant; the division code 99.... is assigned to nobody.
-ORIGIN_LON, ORIGIN_LAT = 120.1500, 31.2000
-DIVISION = "990101"
+__all__ = ["DIVISION", "SIZES", "District", "Size", "build"]
+
 STREETS = ("001", "002")
 STREET_NAMES = {"001": ("甲浦街道", "Jiapu Street"), "002": ("乙浦街道", "Yipu Street")}
 ROADS = ("青禾路", "望潮路", "白鹭路", "长堤路", "云栈路", "松涛路", "芦苇路", "石桥路", "星河路", "晴川路")
 
-METRES_PER_DEGREE = 111_320.0
-CELL_M = 100.0
 CELLS_ACROSS, CELLS_DOWN = 11, 3
 GRID_WIDTH_M, GRID_HEIGHT_M = CELLS_ACROSS * CELL_M, CELLS_DOWN * CELL_M
 ZONES = 10
@@ -46,28 +48,6 @@ UNITS = (
     Unit("lift-rescue", "96333电梯应急", "Elevator emergency line"),
     Unit("sensor-ops", "物联设备运维", "Sensor maintenance"),
 )
-
-
-class District(msgspec.Struct, frozen=True):
-    """A district ready to be provisioned and simulated. `metres` are (east, north) of each device from the origin."""
-
-    seed: int
-    registry: Registry
-    devices: dict[str, Device]
-    zones: dict[str, tuple[str, ...]]
-    buildings: dict[str, tuple[str, ...]]
-    floors: dict[str, int]
-    cells: dict[str, Cell]
-    metres: dict[str, tuple[float, float]]
-
-    def of_gateway(self, gateway: str) -> tuple[str, ...]:
-        """Return the ids of the devices behind a gateway, without the gateway itself."""
-        return tuple(d.id for d in self.registry.devices if d.gateway == gateway and d.kind != "gateway")
-
-    def distance_m(self, one: str, other: str) -> float:
-        """Return how far two devices stand from each other, in metres."""
-        (x1, y1), (x2, y2) = self.metres[one], self.metres[other]
-        return math.hypot(x2 - x1, y2 - y1)
 
 
 def zone_corner(zone: int) -> tuple[float, float]:
@@ -107,9 +87,8 @@ def _cells() -> tuple[Cell, ...]:
 
 
 def _place(zone: int, x_m: float, y_m: float, address: str) -> Place:
-    lat = ORIGIN_LAT + y_m / METRES_PER_DEGREE
-    lon = ORIGIN_LON + x_m / (METRES_PER_DEGREE * math.cos(math.radians(ORIGIN_LAT)))
-    return Place(round(lon, 6), round(lat, 6), cell_code(zone, x_m, y_m), address)
+    lon, lat = degrees(x_m, y_m, digits=6)
+    return Place(lon, lat, cell_code(zone, x_m, y_m), address)
 
 
 def _gateway_of(zone: int) -> str:
@@ -136,6 +115,7 @@ def _hydrants(noise: Noise) -> list[tuple[Device, tuple[float, float]]]:
                 HYDRANT_EVENTS,
                 zone=f"zone-{zone:02d}",
                 name=f"消火栓{number:03d}",
+                tags=("mains", "wet_barrel"),
             )
             found.append((device, (x, y)))
     return found
@@ -159,6 +139,7 @@ def _lifts(noise: Noise) -> list[tuple[Device, tuple[float, float]]]:
                 LIFT_EVENTS,
                 building=f"bld-{index + 1:02d}",
                 name=f"{ROADS[zone - 1]}{100 + index}号{lift + 1}号梯",
+                tags=("controller",),
             )
             found.append((device, (x, y)))
     return found
@@ -177,28 +158,55 @@ def _gateways() -> list[tuple[Gateway, Device, tuple[float, float]]]:
     return found
 
 
-def _grouped(devices: list[Device], by: str) -> dict[str, tuple[str, ...]]:
-    groups: dict[str, list[str]] = {}
-    for device in devices:
-        groups.setdefault(getattr(device, by), []).append(device.id)
-    return {key: tuple(members) for key, members in groups.items() if key}
+def _boxes() -> dict[str, Box]:
+    found: dict[str, Box] = {}
+    for zone in range(1, ZONES + 1):
+        left, bottom = zone_corner(zone)
+        for row in range(CELLS_DOWN):
+            for column in range(CELLS_ACROSS):
+                west, south = left + column * CELL_M, bottom + row * CELL_M
+                code = cell_code(zone, west + CELL_M / 2, south + CELL_M / 2)
+                found[code] = (west, south, west + CELL_M, south + CELL_M)
+    return found
 
 
-def build(seed: int) -> District:
-    """Return the district of a seed: 200 hydrants, 20 elevators, 5 gateways in 2 shards, 330 cells, 10 grids."""
+def _pipe_distances(members: tuple[str, ...], metres: Mapping[str, Metres]) -> NDArray[np.float64]:
+    """Return how far hydrants are along pipes that run west-east and north-south only, in metres."""
+    at = np.array([metres[name] for name in members])
+    ways: NDArray[np.float64] = np.abs(at[:, None] - at[None]).sum(axis=2)
+    return ways
+
+
+def build(seed: int, size: Size = "zone") -> District:
+    """Return the district of a seed.
+
+    Size `zone` has 200 hydrants, 20 elevators, 5 gateways in 2 shards, 330 cells, 10 grids; `reference` has 2,000
+    hydrants, 600 elevators, 400 cameras, 48 pump rooms, 64 gateways in 4 shards, 3,600 cells, 85 grids.
+    """
+    return build_reference(seed) if size == "reference" else _build_zone(seed)
+
+
+def _build_zone(seed: int) -> District:
     noise = Noise(seed, "district")
     placed = [*_hydrants(noise), *_lifts(noise)]
     boxes = _gateways()
     devices = [device for device, _ in placed] + [device for _, device, _ in boxes]
     areas = tuple(Unit(f"street-{code}", zh, en, code) for code, (zh, en) in STREET_NAMES.items())
     cells = _cells()
+    zones = grouped(devices, "zone")
+    metres = {device.id: at for device, at in placed} | {device.id: at for _, device, at in boxes}
+    zone_of = {grid_of(zone): f"zone-{zone:02d}" for zone in range(1, ZONES + 1)}
     return District(
         seed,
         Registry(tuple(gateway for gateway, _, _ in boxes), tuple(devices), cells, UNITS + areas),
         {device.id: device for device in devices},
-        _grouped(devices, "zone"),
-        _grouped(devices, "building"),
+        zones,
+        grouped(devices, "building"),
         {f"bld-{index + 1:02d}": floors for index, floors in enumerate(FLOORS_IN_BUILDING)},
         {cell.code: cell for cell in cells},
-        {device.id: at for device, at in placed} | {device.id: at for _, device, at in boxes},
+        metres,
+        behind=grouped([device for device, _ in placed], "gateway"),
+        pipes={zone: _pipe_distances(members, metres) for zone, members in zones.items()},
+        boxes=_boxes(),
+        zone_cells={zone: tuple(cell.code for cell in cells if zone_of[cell.grid] == zone) for zone in zones},
     )

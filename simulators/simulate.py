@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from api.assets.store import ledger_version
 from citybrain.cli import Subcommand, emit
 from citybrain.clock import HOUR_MS
 from citybrain.counters import Counters
@@ -23,7 +24,7 @@ from gateway.service import Broker, GatewayService, poll_all
 from gateway.spool import Spool
 from gateway.uplink import Uplink
 from rules.files import library
-from simulators.district import District, build
+from simulators.district import SIZES, District, build
 from simulators.faults import ANNOUNCED_MS, Cause, Schedule, truth_of
 from simulators.offline import run_offline
 from simulators.sensors import Sensors, SkewedClock, Vitals
@@ -39,13 +40,18 @@ TOLD_MS = 6 * HOUR_MS  # a cause that began before, while we were down, touches 
 
 
 def provision(layout: Layout, district: District, now_ms: int) -> dict[str, object]:
-    """Ask ingest to activate the district's registry and the library's rules; nothing where both are in force."""
+    """Ask ingest to activate the district's registry and the library's rules; nothing where both are in force.
+
+    Where the ledger has been changed its registry stays: a later start must not undo what somebody entered.
+    """
     wanted = {
         "registry": layout.put_blob(encode_registry(district.registry)),
         "ruleset": layout.put_blob(encode_ruleset(library())),
     }
     active = layout.read_active()
     changed = [what for what, content in wanted.items() if active is None or getattr(active, what) != content]
+    if "registry" in changed and ledger_version(layout):
+        changed.remove("registry")
     box = layout.mailbox("ingest")
     waiting = "".join(OS_FILES.names(box))
     for position, what in enumerate(changed):
@@ -204,6 +210,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gateway", action="append", default=[], metavar="ID", help="host this gateway only")
     parser.add_argument("--scenario", choices=("demo", "random"), default="demo", help="what happens (default: demo)")
     parser.add_argument("--seed", type=int, metavar="N", help="what everything is drawn from (default: the run's)")
+    parser.add_argument("--size", choices=SIZES, default="zone", help="how large the district is (default: zone)")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="write the district's lists and map layers, and end")
     parser.add_argument("--offline", action="store_true", help="all of the product in one process, at full speed")
     parser.add_argument("--days", type=float, default=2.0, metavar="N", help="with --offline: how long (default: 2)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="with --offline: where stores and truth go")
@@ -212,7 +220,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     layout = Layout(args.data)
     run = layout.read_run()
-    district = build(run.seed if args.seed is None else args.seed)
+    district = build(run.seed if args.seed is None else args.seed, args.size)
+    if args.export is not None:
+        from simulators.export import export  # noqa: PLC0415  maps and workbooks: no simulator that runs needs them
+
+        emit(export(district, args.export), as_json=args.json)
+        return 0
     if args.offline:
         if args.out is None:
             raise UsageError("--offline: give an empty folder with --out DIR")

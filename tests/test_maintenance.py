@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.cases.cases import CASE, FINISHED, WITH_CONTRACTOR
+from api.cases.places import Atlas
 from citybrain.clock import DAY_MS
 from citybrain.db.schema import alarms, cases, incidents, timeline
-from tests.desk_city import HYDRANTS, MIN, City, everything, invariants
+from citybrain.model import Device, Registry, Unit
+from tests.desk_city import HYDRANTS, MIN, City, everything, invariants, make_registry
 from tests.seeded_site import Seeded, process, seeded
 
 H0, H1 = HYDRANTS[:2]
@@ -160,6 +162,24 @@ def test_a_replay_of_the_journal_gives_the_same_orders(city: City, tmp_path: Pat
     assert everything(store)["cases"] == everything(city.store)["cases"]
     assert everything(store)["timeline"] == everything(city.store)["timeline"]
     store.dispose()
+
+
+def test_the_contractor_is_the_assets_own_where_that_is_its_work() -> None:
+    place = make_registry().devices[0].place
+    devices = tuple(
+        Device(id, "elevator", "gw-0", place, (), maintainer=maintainer)
+        for id, maintainer in (("own", "firm-a"), ("other_work", "firm-b"), ("none", ""))
+    )
+    units = (
+        Unit("firm-a", "甲", "A", department="sensor-ops"),
+        Unit("firm-b", "乙", "B", department="lift-maintenance"),
+    )
+    atlas = Atlas(Registry((), devices, units=units))
+    assert [atlas.handler("sensor-ops", id) for id in ("own", "other_work", "none")] == [
+        "firm-a",
+        "sensor-ops",
+        "sensor-ops",
+    ]
 
 
 EVENTS = ("take", "done", "not_needed", "reassign", "recovered", "came_back", "quiet")
