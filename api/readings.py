@@ -19,7 +19,8 @@ from citybrain.errors import CityBrainError, NotFound
 from citybrain.layout import Layout
 from citybrain.model import Device, Gateway, Registry
 from citybrain.segments import Reader, Record
-from streams.engine import latest_from_snapshot, shared_series
+from streams.engine import latest_from_snapshot
+from streams.handover import shared_series
 from streams.log import F64, I64, U32, Control, Kind, decode_control, frame_arrays, frame_head
 from streams.registry import METRIC_NAMES, Index, decode_registry
 from streams.runtimes.snapshots import snapshot_paths

@@ -69,6 +69,7 @@ class _Store:
         self.files = files
         self.writer = Writer(folder, files, segment_bytes)
         self.floor = 1
+        self._mark = folder / "floor"
         self.firsts: list[int] = []  # the segments on disk, by their first seq
         self.pending: list[_Pending] = []  # appended, not yet committed
         self._recent: dict[int, bytes] = {}
@@ -89,8 +90,8 @@ class _Store:
         self.writer.start(1)
         self.firsts = segments(self.files, self.folder)
         gone = empty or self.committed < marked
-        self.floor = min(max(self.files.marked(self.folder / "floor"), self.firsts[0], 1), self.committed)
-        self.files.mark(self.folder / "floor", self.floor)
+        self.floor = min(max(self.files.marked(self._mark), self.firsts[0], 1), self.committed)
+        self.files.mark(self._mark, self.floor)
         return gone
 
     def append(self, message: _Pending) -> int:
@@ -180,7 +181,7 @@ class _Store:
     def raise_floor(self, floor: int) -> int:
         """Free what is below `floor`, which must not exceed what is committed; return the bytes freed on disk."""
         self.floor = max(self.floor, floor)
-        self.files.mark(self.folder / "floor", self.floor)
+        self.files.mark(self._mark, self.floor)
         for seq in list(takewhile(lambda seq: seq < self.floor, self._recent)):
             self._forget(seq)
         before, freed = len(self.firsts), 0
@@ -329,6 +330,14 @@ class Spool:
                     store.append(_Pending(at_ms, body, len(readings)))
                 else:
                     self._split(lane, readings, at_ms, "oversized", f"{len(body)} bytes, at most {MAX_BODY} fit")
+        return store.writer.next_offset - 1
+
+    def append_body(self, lane: Lane, body: bytes, readings: int, at_ms: int) -> int:
+        """Number a columns body that is already packed as one message; return its seq. Raises ValueError: too large."""
+        if len(body) > MAX_BODY:
+            raise ValueError(f"a body of {len(body)} bytes, at most {MAX_BODY} fit in a message")
+        store = self._stores[lane]
+        store.append(_Pending(at_ms, body, readings))
         return store.writer.next_offset - 1
 
     def _split(self, lane: Lane, readings: Sequence[Reading], at_ms: int, reason: str, what: str) -> None:

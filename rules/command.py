@@ -1,4 +1,4 @@
-"""`citybrain rules`: check rule files, print their JSON Schema, put a rule set in force."""
+"""`citybrain rules`: check rule files, test them by scenarios, print their JSON Schema, put a rule set in force."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 
 from citybrain.cli import Subcommand, emit
 from citybrain.config import Duration
-from citybrain.errors import EXIT_CONFIG, NotFound
+from citybrain.errors import EXIT_CONFIG, EXIT_FAILED, NotFound
 from citybrain.layout import Layout
 from citybrain.mailbox import Mailbox
 from citybrain.mailbox import command as make_command
@@ -58,7 +58,7 @@ def _duration_schema(kind: type) -> dict[str, Any]:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    found = check_rules(args.path)
+    found = check_rules(args.path or LIBRARY)
     for error in found.errors:
         sys.stderr.write(f"{error}\n")
     doubts = _doubts(found, _registry(Layout(args.data)), Layout(args.data)) if args.registry else []
@@ -94,22 +94,40 @@ def _activate(args: argparse.Namespace) -> int:
     """Store the rule set and ask ingest to put it into every shard's log; it is in force from there on."""
     layout = Layout(args.data)
     layout.make()
-    ruleset = load_rules(args.path)
+    ruleset = load_rules(args.path or LIBRARY)
     name = layout.put_blob(encode_ruleset(ruleset))
     now_ms = layout.read_run().clock.now_ms()
     Mailbox(layout.mailbox("ingest")).put(make_command("ruleset", args.actor, now_ms, {"content": name}, args.reason))
     active = layout.read_active()
-    doubts = _doubts(check_rules(args.path), active.registry, layout) if active is not None and active.registry else []
+    doubts = (
+        _doubts(check_rules(args.path or LIBRARY), active.registry, layout)
+        if active is not None and active.registry
+        else []
+    )
     emit({"ruleset": name, "rules": len(ruleset.rules), "warnings": doubts}, as_json=args.json)
     return 0
 
 
-ACTIONS = {"validate": _validate, "schema": _schema, "activate": _activate}
+def _test(args: argparse.Namespace) -> int:
+    """Run scenarios; every one that goes otherwise than written is named with its file and line."""
+    from rules.scenarios import SCENARIOS, run_scenarios  # noqa: PLC0415  the engine, which nothing else here needs
+
+    outcomes = run_scenarios(args.path or SCENARIOS)
+    wrong = [f"{it.where} {it.rule}, {it.name}: {what}" for it in outcomes for what in it.wrong]
+    for text in wrong:
+        sys.stderr.write(f"{text}\n")
+    failed = sum(bool(it.wrong) for it in outcomes)
+    result = {"scenarios": len(outcomes), "rules": len({it.rule for it in outcomes}), "failed": failed}
+    emit(result | {"wrong": wrong} if args.json else result, as_json=args.json)
+    return EXIT_FAILED if failed else 0
+
+
+ACTIONS = {"validate": _validate, "test": _test, "schema": _schema, "activate": _activate}
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=ACTIONS, help="check files, print the schema, or put in force")
-    parser.add_argument("path", nargs="?", type=Path, default=LIBRARY, help="file or folder (default: what we ship)")
+    parser.add_argument("action", choices=ACTIONS, help="check files, run scenarios, print the schema, put in force")
+    parser.add_argument("path", nargs="?", type=Path, help="file or folder (default: what we ship)")
     parser.add_argument("--registry", action="store_true", help="with validate: judge by the registry in force too")
     parser.add_argument("--actor", default="operator", help="who activates, for the audit")
     parser.add_argument("--reason", default="", help="why, for the audit")
@@ -119,4 +137,4 @@ def _run(args: argparse.Namespace) -> int:
     return ACTIONS[args.action](args)
 
 
-command = Subcommand("check rule files, print their JSON Schema, put a rule set in force", _arguments, _run)
+command = Subcommand("check and test rule files, print their JSON Schema, put a rule set in force", _arguments, _run)

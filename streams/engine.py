@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,12 +19,13 @@ from citybrain.layout import Layout
 from citybrain.model import Edge, Evidence, Transition
 from citybrain.segments import Record
 from streams.batch import FOREIGN, LATE, READINGS, USED, Frames, Times, lay, take_batch
+from streams.causes import Causes, causes_of, in_order, transitions
+from streams.handover import Gone, InForce, carry_over, carry_times, key_numbers
 from streams.kinds.absence import Watched
 from streams.kinds.holding import I32
 from streams.log import F64, I64, Control, Kind, Tick, decode_control, decode_tick
 from streams.plan import (
     Plan,
-    Table,
     add_override,
     compile_mutes,
     compile_plan,
@@ -33,7 +33,7 @@ from streams.plan import (
     rows_in_force,
     unusual,
 )
-from streams.registry import METRIC_NAMES, Index, decode_registry
+from streams.registry import Index, decode_registry
 from streams.ruleset import decode_ruleset
 from streams.snapshot import Frozen, Header, Stored, load_snapshot, save_snapshot
 from streams.watches import Conditions, Heartbeats, Silences, Watch
@@ -42,26 +42,6 @@ BATCH_VALUES = 65_536  # what a batch holds stays in the cache from kernel to ke
 PLATFORM = "absence_platform"
 FRAME, TICK, CONTROL = int(Kind.FRAME), int(Kind.TICK), int(Kind.CONTROL)  # once a record: an enum is slow to compare
 ANY = 2**32  # before a rule set is in force a frame may be of any gateway
-
-
-class Cause(NamedTuple):
-    """One row that a kernel handed back, with where it belongs among the transitions of the batch."""
-
-    record: int
-    position: int  # of the value in its frame; -1 where the record as a whole caused it
-    device: int
-    order: int
-    rule: int
-    watch: Watch
-    row: np.void
-
-
-class InForce(NamedTuple):
-    """What the engine runs with, and what it remembers by it."""
-
-    registry: Index | None
-    plan: Plan | None
-    watches: dict[str, Watch]
 
 
 class Engine:
@@ -142,8 +122,10 @@ class Engine:
             if record.kind == TICK:
                 tick = decode_tick(record.payload)
                 watched.kind[place], watched.at[place], watched.up[place] = 2, tick.at, tick.up_since
-        causes = [*self._judge(laid, of_frame), *self._watch(watched)]
-        return self._transitions(records, causes) if causes else []
+        parts = [*self._judge(laid, of_frame), *self._watch(watched)]
+        if not parts or self.plan is None or self.index is None:
+            return []
+        return transitions(self.shard, self.ruleset, self.plan, self.index, records, in_order(parts))
 
     def _tick(self, record: Record) -> Tick | None:
         try:
@@ -156,7 +138,7 @@ class Engine:
         self.counts["malformed"] += 1
         self.warnings.append(f"log {self.shard} offset {record.offset}: not a {what} record; skipped")
 
-    def _judge(self, laid: Frames, of_frame: I64) -> Iterator[Cause]:
+    def _judge(self, laid: Frames, of_frame: I64) -> Iterator[Causes]:
         """Run the kinds that look at values; yield what they found."""
         values = len(laid.value)
         self.counts["values"] += values
@@ -169,59 +151,16 @@ class Engine:
         for name, which in (("used", USED), ("late", LATE), ("foreign", FOREIGN), ("readings", READINGS)):
             self.counts[name] += int(counts[which])
         for watch in self.watches.values():
-            if not isinstance(watch, (Conditions, Silences)):
-                continue
-            rows = watch.run(batch)
-            frames = np.searchsorted(laid.start, rows["position"], "right") - 1
-            for frame, row in zip(frames.tolist(), rows, strict=True):
-                position = int(row["position"] - laid.start[frame])
-                yield Cause(int(of_frame[frame]), position, *self._owner(watch.table, row["instance"]), watch, row)
+            if isinstance(watch, (Conditions, Silences)) and len(rows := watch.run(batch)):
+                frame = np.searchsorted(laid.start, rows["position"], "right") - 1
+                position = rows["position"] - laid.start[frame]
+                yield causes_of(self.plan, watch.table, rows, of_frame[frame], position)
 
-    def _watch(self, watched: Watched) -> Iterator[Cause]:
+    def _watch(self, watched: Watched) -> Iterator[Causes]:
         """Run what looks at whole records: gateways that fall silent and come back."""
         watch = self.watches.get(PLATFORM)
-        if not isinstance(watch, Heartbeats):
-            return
-        for row in watch.run(watched):
-            yield Cause(int(row["position"]), -1, *self._owner(watch.table, row["instance"]), watch, row)
-
-    def _owner(self, table: Table, instance: int) -> tuple[int, int, int]:
-        """Return an instance's device, its rule's place in the rule set, and the row it runs with."""
-        assert self.plan is not None
-        rule = int(table.rule[instance])
-        return int(table.device[instance]), int(self.plan.orders[rule]), rule
-
-    def _transitions(self, records: list[Record], causes: list[Cause]) -> list[Transition]:
-        causes.sort(key=lambda cause: cause[:4])  # stable: one instance's rows of one value keep their order
-        found = []
-        for place, group in groupby(causes, key=lambda cause: cause.record):
-            for index, cause in enumerate(group):
-                found.append(self._transition(records[place], index, cause))
-        return found
-
-    def _transition(self, record: Record, index: int, cause: Cause) -> Transition:
-        assert self.index is not None
-        assert self.plan is not None
-        row, compiled = cause.row, self.plan.rules[cause.rule]
-        raised = bool(row["raised"])
-        return Transition(
-            shard=self.shard,
-            source=record.offset,
-            index=index,
-            rule=compiled.rule.id,
-            subject=self.index.devices[cause.device].id,
-            edge=Edge.RAISE if raised else Edge.CLEAR,
-            at_ms=int(row["at"]),
-            received_at=record.received_at,
-            evidence=Evidence(
-                compiled.kind.metrics(compiled.parameters)[row["term"]],
-                float(row["value"]),
-                compiled.kind.limit(compiled.parameters, raised=raised),
-                int(row["since"]),
-                int(row["count"]),
-            ),
-            ruleset=self.ruleset,
-        )
+        if self.plan is not None and isinstance(watch, Heartbeats) and len(rows := watch.run(watched)):
+            yield causes_of(self.plan, watch.table, rows, rows["position"], np.full(len(rows), -1, np.int64))
 
     # --- control records --------------------------------------------------------------------------------------------
 
@@ -306,8 +245,12 @@ class Engine:
         """Say what is probably not meant: a rule that selects nothing or everything, an override that is over."""
         if self.index is not None and self.ruleset:
             ruleset = decode_ruleset(self.layout.get_blob(self.ruleset))
+            alike: dict[tuple[str, str], list[str]] = {}
             for rule, field, what in unusual(ruleset, self.index, self.ticked_ms):
-                self.warnings.append(f"log {self.shard} offset {record.offset}: rule {rule} {field}: {what}")
+                alike.setdefault((field, what), []).append(rule)
+            for (field, what), rules in alike.items():
+                where = f"log {self.shard} offset {record.offset}: rule {', '.join(rules)}"
+                self.warnings.append(f"{where} {field}: {what}")
 
     def _compile(self, registry: str, ruleset: str) -> tuple[Index | None, Plan | None]:
         if not registry:
@@ -396,91 +339,6 @@ class Engine:
         for name, watch in self.watches.items():
             watch.thaw(Stored(arrays, f"{name}."))
         self._settle()
-
-
-def carry_times(times: Times, before: Index | None, index: Index) -> Times:
-    """Return the times of gateways and series under another registry; by gateway id, by (device, metric)."""
-    fresh = Times.fresh(len(index.gateways), index.n_series)
-    if before is None or not before.devices:
-        return fresh
-    for g, gateway in enumerate(index.gateways):
-        old = before.gateway_index.get(gateway.id)
-        if old is not None:
-            fresh.stream[g], fresh.live[g] = times.stream[old], times.live[old]
-    olds, news = shared_series(before, index)
-    fresh.last_t[news], fresh.last_v[news] = times.last_t[olds], times.last_v[olds]
-    return fresh
-
-
-def shared_series(before: Index, after: Index) -> tuple[I64, I64]:
-    """Return the numbers of the series that both have, (device, metric) by (device, metric)."""
-    places, count = before.device_index, len(after.devices)
-    device = np.fromiter((places.get(d.id, -1) for d in after.devices), np.int64, count)[after.series_device]
-    metrics = len(METRIC_NAMES)
-    keys = before.series_device.astype(np.int64) * metrics + before.series_metric
-    wanted = np.where(device >= 0, device * metrics + after.series_metric, -1)
-    if not len(keys):
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    sorter = np.argsort(keys)
-    found = sorter[np.minimum(np.searchsorted(keys, wanted, sorter=sorter), len(keys) - 1)]
-    new = np.flatnonzero(keys[found] == wanted)
-    return found[new], new
-
-
-class Gone(NamedTuple):
-    """What was raised and exists no longer; they sort as transitions do."""
-
-    device: int
-    order: int
-    rule: str
-    subject: str
-
-
-def carry_over(old: InForce, new: InForce) -> list[Gone]:
-    """Carry state over by table, rule id and subject; return what was raised and is gone."""
-    if old.registry is None or old.plan is None:
-        return []
-    gone: list[Gone] = []
-    for name, watch in old.watches.items():
-        table, kept = watch.table, np.zeros(len(watch.table.rule), np.bool_)
-        if name in new.watches and new.plan is not None and new.registry is not None:
-            adopting = new.watches[name]
-            now = instances_now(old, table, new, adopting.table)
-            kept = now >= 0
-            theirs, mine = np.flatnonzero(kept), now[kept]
-            known: dict[bytes, int] = {}
-            before, after = key_numbers(old.plan, known), key_numbers(new.plan, known)
-            same = before[table.rule[theirs]] == after[adopting.table.rule[mine]]
-            adopting.adopt(mine, watch, theirs, same)
-        for j in np.flatnonzero(watch.raised() & ~kept).tolist():
-            device, rule = int(table.device[j]), old.plan.rules[table.rule[j]]
-            gone.append(Gone(device, rule.order, rule.rule.id, old.registry.devices[device].id))
-    return gone
-
-
-def key_numbers(plan: Plan, known: dict[bytes, int] | None = None) -> I64:
-    """Return, by row, a number that is equal where the condition is; `known`: the numbers given so far."""
-    known = {} if known is None else known
-    return np.array([known.setdefault(it.key, len(known)) for it in plan.rules], np.int64)
-
-
-def instances_now(old: InForce, before: Table, new: InForce, after: Table) -> I64:
-    """Return, by old instance, the new one of the same device and rule, -1 where there is none."""
-    assert old.registry is not None
-    assert old.plan is not None
-    assert new.registry is not None
-    assert new.plan is not None
-    places, rules = new.registry.device_index, {it.rule.id: it.order for it in new.plan.rules}
-    device = np.fromiter((places.get(d.id, -1) for d in old.registry.devices), np.int64, len(old.registry.devices))
-    order = np.array([rules.get(it.rule.id, -1) for it in old.plan.rules], np.int64)
-    d, r = device[before.device], order[before.rule]
-    wanted = np.where((d >= 0) & (r >= 0), d * len(new.plan.rules) + r, -1)
-    keys = after.device.astype(np.int64) * len(new.plan.rules) + new.plan.orders[after.rule]
-    sorter = np.argsort(keys)
-    if not len(keys):
-        return np.full(len(wanted), -1, np.int64)
-    found = sorter[np.minimum(np.searchsorted(keys, wanted, sorter=sorter), len(keys) - 1)]
-    return np.where(keys[found] == wanted, found, -1)
 
 
 def latest_from_snapshot(content: bytes) -> tuple[str, int, I64, F64]:

@@ -250,7 +250,8 @@ def case_subject(members: Sequence[Member]) -> Subject | None:
     """Return what the incident's case is about, or None where no member makes one.
 
     The rule of the highest rank leads, among alarms that hold where any does; of equals the first alarm. Where enough
-    devices share that rule the cause is a wider one, and its place is where it is worst.
+    devices share that rule, or another that widens to the same, the cause is a wider one; its place is where it is
+    worst.
     """
     able = [member for member in members if not is_rescue(member.rule)]
     standing = [member for member in able if member.active] or able
@@ -258,10 +259,16 @@ def case_subject(members: Sequence[Member]) -> Subject | None:
         return None
     lead = min(standing, key=lambda member: (-member.rule.case.rank, member.alarm))
     widened = lead.rule.case.widened
-    same = [member for member in able if member.rule.id == lead.rule.id]
+    same = [member for member in able if _wider(member) == _wider(lead)]
     if widened is None or len(subjects(same)) < widened.members:
         return Subject(lead, lead.rule.case.category, lead, "leading_rule")
     return Subject(lead, widened.category, max(same, key=_badness), "widened")
+
+
+def _wider(member: Member) -> str:
+    """Return what a member's cause is when many share it: two rules that name the same count together."""
+    widened = member.rule.case.widened
+    return widened.category if widened else member.rule.id
 
 
 def _badness(member: Member) -> tuple[float, int]:

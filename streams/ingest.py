@@ -52,6 +52,7 @@ class Ingest:
         files: Files = OS_FILES,
         *,
         segment_bytes: int = SEGMENT_BYTES,
+        publishes: bool = True,
     ) -> None:
         self.layout = layout
         self.shards = tuple(shards)
@@ -68,6 +69,7 @@ class Ingest:
         }
         self._routes: dict[str, tuple[Intake, Route]] = {}
         self._active: Active | None = None
+        self._publishes = publishes  # what is in force; of several ingests on one clock only their owner can say it
 
     def start(self) -> None:
         """Recover the logs of all shards; raises StorageError, and NotFound where content they name is missing."""
@@ -198,7 +200,8 @@ class Ingest:
         """Tell the other processes which registry and rule set every shard has by now."""
         settled = {intake.settled for intake in self._intakes.values()}
         active = settled.pop()
-        if settled or active == self._active or not (active.registry and active.ruleset):
+        unknown = settled or active == self._active or not (active.registry and active.ruleset)
+        if unknown or not self._publishes:
             return
         try:
             self.layout.write_active(active)

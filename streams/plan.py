@@ -83,7 +83,7 @@ class Plan(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """One rule on the devices that have what it judges; `series[term]` by device of `device`."""
+    """One rule on the devices that have what it judges; `series[term]` by device of `device`, -1 where it lacks one."""
 
     rule: int
     device: I32
@@ -130,9 +130,10 @@ def reach(rule: Compiled, index: Index) -> Mask:
     """Return the devices of all shards that a rule selects and that have what it judges."""
     mask = select_devices(rule.rule.select, index)
     if rule.kind.JUDGES:
-        for name in rule.kind.metrics(rule.parameters):
-            mask &= index.series_having(name) >= 0
-        return mask
+        has = [index.series_having(name) >= 0 for name in rule.kind.metrics(rule.parameters)]
+        enough = getattr(rule.kind, "enough", None)
+        possible: Mask = mask & (enough(rule.parameters, has) if enough else np.all(has, axis=0))
+        return possible
     return mask & (index.is_gateway if rule.table == "absence_platform" else index.telemetry_series > 0)
 
 
@@ -207,7 +208,7 @@ def _table(name: str, feeds: Sequence[Feed], rules: Sequence[Compiled], index: I
     kind = rules[feeds[0].rule].kind
     device = np.concatenate([feed.device for feed in feeds])
     rule = np.repeat(np.array([feed.rule for feed in feeds], np.uint16), [len(feed.device) for feed in feeds])
-    lead = np.concatenate([feed.series[0] if feed.series else feed.device for feed in feeds])
+    lead = np.concatenate([_lead(feed) for feed in feeds])
     order = np.argsort(lead.astype(np.int64) * len(rules) + rule)
     device, rule = device[order], rule[order]
     place = np.empty(len(order), np.int32)  # where the instances of each feed went
@@ -225,6 +226,16 @@ def _table(name: str, feeds: Sequence[Feed], rules: Sequence[Compiled], index: I
         judged, numbers = np.zeros(0, absence.RULE), np.zeros(0)
         links = _gateway_links(device, index) if name == "absence_platform" else _telemetry_links(device, index)
     return Table(name, kind, rule, device, first, links, settings, judged, numbers, side)
+
+
+def _lead(feed: Feed) -> I32:
+    """Return by device what numbers its instance: the first series that the rule has of it."""
+    if not feed.series:
+        return feed.device
+    lead = feed.series[0]
+    for each in feed.series[1:]:
+        lead = np.where(lead >= 0, lead, each)
+    return lead
 
 
 def _has_side(it: Compiled) -> bool:
@@ -257,7 +268,7 @@ def _series_links(feeds: Sequence[Feed], place: I32, rules: Sequence[Compiled], 
     for feed in feeds:
         mine, rule = place[at : at + len(feed.device)], rules[feed.rule].rule
         at += len(feed.device)
-        parts += [(series, mine, MAIN, term) for term, series in enumerate(feed.series)]
+        parts += [(series[series >= 0], mine[series >= 0], MAIN, term) for term, series in enumerate(feed.series)]
         for guard, role in ((rule.unless, UNLESS), (rule.only_while, ONLY_WHILE)):
             if guard:
                 series = index.series_having(guard.metric)[feed.device]

@@ -186,8 +186,9 @@ def problems(rule: Rule, lines: Lines | None = None, path: str = "") -> list[Con
         return [error, *_errors(_rule_problems(rule), lines, before)]
     found = [(f"when.{field}".rstrip("."), what) for field, what in kind.problems(parameters)]
     if kind.JUDGES:
-        for name in kind.metrics(parameters):
-            found += _metric_problems("when.metric", name)
+        places = getattr(kind, "places", lambda _: ("metric",))(parameters)
+        for name, place in zip(kind.metrics(parameters), places, strict=True):
+            found += _metric_problems(f"when.{place}", name)
     elif rule.unless or rule.only_while:
         field = "unless" if rule.unless else "only_while"
         found.append((field, f"kind {rule.when['kind']} takes no guard: expected it only on rules that judge values"))

@@ -13,6 +13,7 @@ from citybrain.config import Lines, convert
 from citybrain.layout import Layout
 from citybrain.model import Device, Gateway, Lane, Place, Registry
 from citybrain.segments import Record
+from citybrain.units import METRICS
 from streams.engine import Engine
 from streams.kinds import KINDS
 from streams.log import Control, FrameHead, Kind, Tick, pack_frame
@@ -24,7 +25,7 @@ def warm_engine() -> None:
     """Take one frame and one tick through an engine that has a rule of every kind."""
     place = Place(0.0, 0.0, "0" * 15)
     devices = (
-        Device("d", "device", "g", place, ("pressure_mpa",), ("fault_code",)),
+        Device("d", "device", "g", place, tuple(sorted(METRICS.keys() - {"fault_code"})), ("fault_code",)),
         Device("g", "gateway", "g", place, ("uptime_s",)),
     )
     registry = Registry((Gateway("g", 0, place),), devices)

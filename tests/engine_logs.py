@@ -60,6 +60,22 @@ RULES = (
     make_rule("quiet", {"kind": "absence", "timeout": "50s"}),
     make_rule("gone", {"kind": "absence", "timeout": "40s", "clock": "platform"}, "gateway"),
     make_rule("conflict", {"kind": "reported"}, "gateway"),
+    make_rule("drops", {"kind": "rate", "metric": "pressure_mpa", "fall": 2, "within": "40s", "settle": "15s"}),
+    make_rule("climbs", {"kind": "rate", "metric": "flow_lps", "rise": 3, "within": "20s", "bridge": "1min",
+                         "recover": 0.8, "off_delay": "6s"}),
+    make_rule("same", {"kind": "stuck", "metric": "flow_lps", "tolerance": 0.5, "reports": 3, "lasting": "20s"}),
+    make_rule("jumps", {"kind": "shift", "metric": "pressure_mpa", "shape": "level", "up": 1.5, "down": 2, "reports": 2,
+                        "spreads": 2, "accept": "2min"}, only_while={"metric": "cap_open", "at_least": 1}),
+    make_rule("spikes", {"kind": "shift", "metric": "flow_lps", "shape": "spike", "up": 1, "down": 1, "reports": 2}),
+    make_rule("both", {"kind": "composite", "on_delay": "5s", "all": [
+        {"metric": "pressure_mpa", "below": 4, "deadband": 1, "fresh": "40s"},
+        {"metric": "flow_lps", "above": 4, "deadband": 0.5}]}),
+    make_rule("either", {"kind": "composite", "any": [
+        {"metric": "fault_code", "codes": [3, 4], "clear": [0, 1], "fresh": "1min"},
+        {"metric": "flow_lps", "above": 7}, {"metric": "battery_v", "below": 3}]}),
+    make_rule("two", {"kind": "composite", "off_delay": "5s", "at_least": {"k": 2, "of": [
+        {"metric": "pressure_mpa", "below": 3}, {"metric": "pressure_mpa", "below": 5},
+        {"metric": "cap_open", "above": 0.5, "fresh": "30s", "unknown": "met"}]}}),
 )  # fmt: skip
 OVERRIDES: dict[str, list[dict[str, Any]]] = {
     "low": [
@@ -69,6 +85,9 @@ OVERRIDES: dict[str, list[dict[str, Any]]] = {
     "flows": [differs({"grid": "g2"}, 6, count={"n": 2, "within": "9min"})],
     "quiet": [differs({"street": "s1", "tag": "far"}, 5, timeout="25s")],
     "gone": [differs({"device": "b"}, 8, timeout="3min")],
+    "drops": [differs({"zone": "z1"}, 7, fall=1.5)],
+    "same": [differs({"building": "h1"}, 5, reports=4), differs({"kind": "hydrant"}, 9, lasting="5s")],
+    "two": [differs({"zone": "z1"}, 3, off_delay="20s")],
 }
 VARIED_RULES = tuple(
     msgspec.structs.replace(rule, overrides=convert(OVERRIDES.get(rule.id, []), tuple[Override, ...], Lines("", None)))
@@ -81,7 +100,13 @@ OTHER_RULES = (
     RULES[4],
     make_rule("quiet", {"kind": "absence", "timeout": "70s"}),
     make_rule("gone", {"kind": "absence", "timeout": "60s", "clock": "platform"}, "gateway"),
-)
+    RULES[8],
+    RULES[11],
+    make_rule("both", {"kind": "composite", "all": [
+        {"metric": "pressure_mpa", "below": 4}, {"metric": "cap_open", "above": 0}]}),
+    RULES[14],
+    RULES[15],
+)  # fmt: skip
 
 
 def make_registry(devices: tuple[str, ...]) -> Registry:

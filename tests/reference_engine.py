@@ -35,6 +35,8 @@ class Instance:
     raised: bool = False
     heard: int | None = None
     due: int = 0  # absence: live time (gateway) that must be passed
+    metric: str = ""  # which metric `value` is of
+    memory: dict[str, Any] = field(default_factory=dict)  # what a kind remembers between values
 
     @property
     def kind(self) -> str:
@@ -42,6 +44,10 @@ class Instance:
 
     def ms(self, name: str) -> int:
         return duration_ms(self.when[name]) if name in self.when else 0
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(c["metric"] for c in conditions(self.when))) or (self.when.get("metric", ""),)
 
     @property
     def open(self) -> bool:
@@ -139,7 +145,11 @@ class Reference:
             return device.id in gateways
         if new.kind == "absence":
             return bool(device.metrics)
-        return new.when["metric"] in (*device.metrics, *device.event_metrics)
+        has = {*device.metrics, *device.event_metrics}
+        if new.kind == "composite":
+            can = [c["metric"] in has or c.get("unknown") == "met" for c in conditions(new.when)]
+            return sum(can) >= needed(new.when) and bool(has.intersection(new.metrics))
+        return new.when["metric"] in has
 
     def _selects(self, select: Selector, device: Device) -> bool:
         wanted = {name: value for name, value in msgspec.structs.asdict(select).items() if value}
@@ -167,6 +177,7 @@ class Reference:
                 continue
             it.when = when
             it.phase, it.deadline, it.began = ("raised" if it.phase in ("raised", "clearing") else "idle"), None, []
+            self._recall(it)
             if it.kind == "absence":
                 it.due = self.live.get(it.device.gateway, 0) + it.ms("timeout")
 
@@ -176,6 +187,7 @@ class Reference:
             new.due = self.live.get(new.device.gateway, 0) + new.ms("timeout")
         if new.kind == "absence_platform":
             new.heard = self.record.received_at
+        self._recall(new)
         if old is None:
             return new
         if old.when == new.when:
@@ -185,6 +197,13 @@ class Reference:
         if old.phase in ("raised", "clearing"):
             new.phase, new.since, new.value = "raised", old.since, old.value
         return new
+
+    def _recall(self, it: Instance) -> None:
+        """A memory that is new begins with the last values."""
+        it.memory = {}
+        for metric in it.metrics if it.kind in JUDGES else ():
+            if (it.device.id, metric) in self.last:
+                JUDGES[it.kind](it, metric, *self.last[it.device.id, metric])
 
     def _fault(self, control: Control) -> None:
         ready = self.registry is not None and self.rules is not None
@@ -256,9 +275,9 @@ class Reference:
                 continue
             if it.kind == "absence" and metric in device.metrics:
                 self._heard(n, it, t)
-            elif it.when.get("metric") == metric:
+            elif metric in it.metrics:
                 self._deadline(n, it, t)
-                self._judge(it, t, value)
+                self._judge(it, metric, t, value)
                 self._deadline(n, it, t)
 
     # --- absence ---
@@ -285,9 +304,9 @@ class Reference:
 
     # --- conditions ---
 
-    def _judge(self, it: Instance, t: int, value: float) -> None:
-        begins, ends = self._verdict(it, value)
-        it.value = value
+    def _judge(self, it: Instance, metric: str, t: int, value: float) -> None:
+        begins, ends = self._verdict(it, metric, t, value)
+        it.metric, it.value = metric, value
         if it.phase == "pending" and (ends or self._guarded(it)):
             it.phase, it.deadline = "idle", None
         elif it.phase == "idle" and begins and not self._guarded(it):
@@ -299,8 +318,10 @@ class Reference:
         elif it.phase == "clearing" and begins:
             it.phase, it.deadline = "raised", None
 
-    def _verdict(self, it: Instance, value: float) -> tuple[bool, bool]:
+    def _verdict(self, it: Instance, metric: str, t: int, value: float) -> tuple[bool, bool]:
         when = it.when
+        if it.kind in JUDGES:
+            return JUDGES[it.kind](it, metric, t, value)
         if it.kind == "device_code":
             return value in when["codes"], value in when["clear"]
         if "above" in when:
@@ -337,7 +358,7 @@ class Reference:
         if it.kind == "threshold":
             band = 0.0 if raised else when.get("deadband", 0.0)
             limit = when["above"] - band if "above" in when else when["below"] + band
-        return Evidence(when["metric"], it.value, limit, since, count)
+        return Evidence(it.metric or it.metrics[0], it.value, limit, since, count)
 
     # --- both ---
 
@@ -373,3 +394,114 @@ class Reference:
             self.names["ruleset"],
         )  # fmt: skip
         self.found.append(((self.position, n), item))
+
+
+# --- what the kinds with a memory say of a value: (begins, ends) ---
+
+
+def rate(it: Instance, metric: str, t: int, value: float) -> tuple[bool, bool]:
+    """The value against the highest of the window behind it; slices are 1/8 of it, a bridged report stands till now."""
+    when, memory = it.when, it.memory
+    sign, amount = (1.0, when["fall"]) if "fall" in when else (-1.0, when["rise"])
+    value *= sign
+    slice_ms = it.ms("within") // 8
+    said = memory.setdefault("said", [])  # (time, value) of what was said, or stood until the next report
+    if said and t - memory["at"] <= it.ms("bridge"):
+        said.append((t, memory["last"]))
+    said.append((t, value))
+    memory["at"], memory["last"] = t, value
+    highest = max(v for at, v in said if at // slice_ms > t // slice_ms - 8)
+    if highest - value >= amount:
+        memory["fell"] = t
+        memory.setdefault("start", highest)
+    elif "start" in memory and t - memory["fell"] >= it.ms("settle"):
+        del memory["start"]
+    if "start" in memory and memory["start"] - value <= amount * (1.0 - when.get("recover", 0.5)):
+        del memory["start"]
+    return "start" in memory, "start" not in memory
+
+
+def stuck(it: Instance, metric: str, t: int, value: float) -> tuple[bool, bool]:
+    """The run of reports that differ by no more than the tolerance, this one included."""
+    run = it.memory.setdefault("run", [])
+    values = [v for _, v in run] + [value]
+    if max(values) - min(values) > it.when.get("tolerance", 0.0):
+        run.clear()
+    run.append((t, value))
+    holds = len(run) >= it.when["reports"] and t - run[0][0] >= it.ms("lasting")
+    return holds, not holds
+
+
+def shift(it: Instance, metric: str, t: int, value: float) -> tuple[bool, bool]:
+    """The value against the median of the last nine that were not away from it."""
+    when, memory = it.when, it.memory
+    learned, away = memory.setdefault("learned", []), memory.setdefault("away", [])  # values; times
+    most, spike = when.get("reports", 3), when["shape"] == "spike"
+    if len(learned) < 5:
+        learned.append(value)
+        return False, True
+    median = sorted(learned)[len(learned) // 2]
+    spread = sorted(abs(v - median) for v in learned)[len(learned) // 2] * (when.get("spreads", 0.0) * 1.4826)
+    up, down = max(when.get("up", math.inf), spread), max(when.get("down", math.inf), spread)
+    back = when.get("back", 0.5)
+    begins = False
+    if not away:
+        if value - median > up or value - median < -down:
+            away.append(t)
+    elif -back * down <= value - median <= back * up:
+        begins = spike and len(away) <= most
+        away.clear()
+    else:
+        away.append(t)
+    if away and ((spike and len(away) > most) or (it.ms("accept") and t - away[0] >= it.ms("accept"))):
+        learned.clear()
+        away.clear()
+    if not away:
+        memory["learned"] = [*learned, value][-9:]
+    begins = begins or (not spike and len(away) >= most)
+    return begins, not begins
+
+
+def conditions(when: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conditions of a composite; none for another kind."""
+    found = when.get("all") or when.get("any") or when.get("at_least", {}).get("of", [])
+    return list(found) if when["kind"] == "composite" else []
+
+
+def needed(when: dict[str, Any]) -> int:
+    """How many conditions of a composite must be met."""
+    return int(when["at_least"]["k"]) if "at_least" in when else len(when.get("all", [])) or 1
+
+
+def composite(it: Instance, metric: str, t: int, value: float) -> tuple[bool, bool]:
+    """How many conditions are met, and how many would be if the stale ones still were."""
+    met = stale = 0
+    latest = t
+    for c, condition in enumerate(conditions(it.when)):
+        if condition["metric"] == metric:
+            before = it.memory.get(f"{c}", (t, False))[1]
+            it.memory[f"{c}"] = (t, simple(condition, value, before=before))
+        at, holds = it.memory.get(f"{c}", (None, False))
+        latest = max(latest, t if at is None else at)
+        fresh = duration_ms(condition["fresh"]) if "fresh" in condition else 0
+        if at is None or (fresh and t - at > fresh):
+            if condition.get("unknown") == "met":
+                met += 1
+            elif holds:
+                stale += 1
+        elif holds:
+            met += 1
+    return met >= needed(it.when) and t >= latest, met + stale < needed(it.when)
+
+
+def simple(condition: dict[str, Any], value: float, *, before: bool) -> bool:
+    """Whether one condition is met by a value, having been so before or not."""
+    if "codes" in condition:
+        return value in condition["codes"] or (before and value not in condition["clear"])
+    band = condition.get("deadband", 0.0)
+    if "above" in condition:
+        return value > condition["above"] or (before and not value <= condition["above"] - band)
+    return value < condition["below"] or (before and not value >= condition["below"] + band)
+
+
+JUDGES = {"rate": rate, "stuck": stuck, "shift": shift, "composite": composite}

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rules.command import schema
 from rules.files import LIBRARY, check_rules, library, load_rules
 from streams.kinds import KINDS
 from streams.registry import encode_registry
-from streams.ruleset import decode_ruleset, encode_ruleset
+from streams.ruleset import Rule, decode_ruleset, encode_ruleset
 from tests.engine_logs import REGISTRIES
 
 GOOD = """\
@@ -41,18 +42,24 @@ OVERRIDE = "{select: {zone: z1}, when: {below: 0.1}, until: '2026-03-01', reason
 
 def test_the_library_is_what_was_agreed() -> None:
     rules = {rule.id: rule for rule in library().rules}
-    assert len(rules) == 11
+    assert len(rules) == 39
     assert {rule.when["kind"] for rule in rules.values()} == set(KINDS)
-    assert rules["elevator_trapped"].urgency == "life"
-    assert rules["elevator_trapped"].only_while is not None
     assert rules["hydrant_pressure_low"].when["below"] == 0.14
-    assert {rule.id for rule in rules.values() if rule.case.kind == "rescue"} == {"elevator_trapped"}
+    rescues = {rule.id for rule in rules.values() if rule.case.kind == "rescue"}
+    assert rescues == {"elevator_trapped", "elevator_trapped_inferred"}
+    assert {rule.id for rule in rules.values() if rule.urgency == "life"} == rescues
+    assert all(rules[name].confirm.policy == "at_once" for name in rescues)
+    assert {rule.case.category for rule in rules.values()} | widened(rules.values()) == set(load_categories())
     assert all(re.search(r"\[[HMU]\]|docs/", rule.source) for rule in rules.values())
+
+
+def widened(rules: Iterable[Rule]) -> set[str]:
+    return {rule.case.widened.category for rule in rules if rule.case.widened}
 
 
 def test_every_category_has_a_unit_a_clock_and_a_source() -> None:
     categories = load_categories()
-    assert len(categories) == 11
+    assert len(categories) == 27
     assert categories["water_main_burst"].codes["GB/T 30428.2"] == "05-01"
     assert categories["elevator_trapped"].unit == "lift-rescue"
     assert all(it.clock.amount > 0 and it.source and it.zh and it.en for it in categories.values())
@@ -201,7 +208,7 @@ def citybrain(*args: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_validates_and_activates(tmp_path: Path) -> None:
     done = citybrain("validate", "--json")
-    assert (done.returncode, json.loads(done.stdout)) == (0, {"files": 3, "rules": 11, "errors": [], "warnings": []})
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"files": 5, "rules": 39, "errors": [], "warnings": []})
     file = tmp_path / "mine.yaml"
     file.write_text(GOOD.replace("below", "belwo"), encoding="utf-8")
     done = citybrain("validate", str(file))

@@ -191,7 +191,7 @@ function health(status) {
   const words = reasons.map((reason) => both(reason.text));
   const calm = t("health.calm", {
     readings: status.readings_per_s, online: status.gateways.online, total: status.gateways.total,
-    lag: Math.max(...Object.values(status.lag).map((stage) => stage.p99_s)).toFixed(2),
+    lag: Math.max(...Object.values(status.lag).map((stage) => stage.now_s)).toFixed(2),
   });
   document.getElementById("health").className = level;
   document.getElementById("level").textContent = `${SIGNS[level]} ${both(text)}`;

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from citybrain.model import Evidence
-from streams.kinds import absence, device_code, reported, threshold
+from streams.kinds import absence, composite, device_code, rate, reported, shift, stuck, threshold
 
 
 class Kind(Protocol):
     """What every kind's module offers. `JUDGES`: it judges single values, and `streams.kinds.holding` does the rest.
 
     One that judges has `TABLE` and `row` (what a rule compares with), `judge`, and, where its instances remember
-    something, `MEMORY`: a dtype whose zeros are an instance that knows nothing yet.
+    something, `MEMORY`: a dtype whose zeros are an instance that knows nothing yet. One that judges several metrics has
+    `places` (which field names each) and `enough` (which devices it can hold for, when they lack some).
     """
 
     JUDGES: bool
@@ -38,7 +39,11 @@ class Kind(Protocol):
 
 KINDS: dict[str, Kind] = {
     "absence": absence,
+    "composite": composite,
     "device_code": device_code,
+    "rate": rate,
     "reported": reported,
+    "shift": shift,
+    "stuck": stuck,
     "threshold": threshold,
 }
