@@ -147,7 +147,7 @@ def _opened(pipeline: Pipeline) -> list[Opened]:
 
 
 def _dropped(pipeline: Pipeline) -> int:
-    counters = (pipeline.ingested, pipeline.gateways, pipeline.decided)
+    counters = (pipeline.ingested, pipeline.stream.gateways)
     return sum(n for counter in counters for name, n in counter.values.items() if name.startswith("dropped_total"))
 
 
