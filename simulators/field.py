@@ -177,8 +177,11 @@ class Field:
         self._schedule = schedule
         self._swaps = swaps
         by_device = {swap.device: (swap.at_ms, swap.wire) for swap in swaps}
-        names = [gateway.id for gateway in schedule.district.registry.gateways if gateway.shard in stream.shards]
-        self._feeds = [Feed(schedule, name, number, by_device) for number, name in enumerate(names)]
+        self._feeds = [
+            Feed(schedule, gateway.id, number, by_device)
+            for number, gateway in enumerate(schedule.district.registry.gateways)
+            if gateway.shard in stream.shards
+        ]
         self._offline: set[str] = set()
 
     def start(self, now_ms: int) -> None:
