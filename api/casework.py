@@ -61,7 +61,7 @@ class Casework:
             title_zh=category.zh,
             title_en=category.en,
             urgency="life" if kind == "rescue" else lead.rule.urgency,
-            unit=category.unit,
+            unit=self.atlas.handler(category.unit, subject.place.subject),
             stage="reported",
             owner_system="native" if kind == "maintenance" else "external",
             observed_at=lead.raised_at,
@@ -99,6 +99,10 @@ class Casework:
             "address": place.address,
             "grid": located.grid,
             "street": located.street,
+            "workstation": located.workstation,
+            "community": located.community,
+            "road": place.road,
+            "road_chief": located.road_chief,
             "area_owner": located.area_owner,
         }
 
@@ -152,7 +156,7 @@ class Casework:
                 "code": class_code.code,
                 "title_zh": category.zh,
                 "title_en": category.en,
-                "unit": category.unit,
+                "unit": self.atlas.handler(category.unit, subject.place.subject),
                 "deadline": min(case["deadline"], deadline(self.now_ms, category.clock, self.config.calendar)),
             }
         elif case["category"] != subject.category:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
+from api.assets import office
 from api.cases.cases import FINISHED, judged, mirror, parse_stage
 from api.clerk import Clerk
 from api.ledger import Row
@@ -210,4 +211,5 @@ HANDLERS: dict[str, Handler] = {
     "rescued": _rescued,
     "progress": _progress,
     "verdict": _verdict,
+    **office.HANDLERS,
 }

@@ -65,8 +65,7 @@ class Replay:
         self.played = {source.name: Played(source, CsvReader(mapping, source)) for source in sources}
         self.now_ms = 0
         self._pending: dict[str, list[Reading]] = {}
-        self._silent_ms = 0
-        self._heard_ms = 0
+        self._heard_ms = 0  # when the last readings were sent
 
     def check(self) -> None:
         """Raise ConfigError for the first file that cannot be replayed, before any is."""
@@ -79,7 +78,7 @@ class Replay:
         first_ms = 0
         for name, row in merged(self.played):
             if not first_ms:
-                first_ms = self.now_ms = row.at_ms
+                first_ms = self.now_ms = self._heard_ms = row.at_ms
                 self.pipeline.start(row.at_ms)
             while row.at_ms >= self.now_ms + self.mapping.step:
                 self._step(row.at_ms)
@@ -106,21 +105,21 @@ class Replay:
         self._pending.setdefault(played.source.gateway, []).extend(row.readings)
 
     def _step(self, until_ms: int) -> None:
-        """Send what has gathered, and let a step of platform time pass.
+        """Let a step of platform time pass, then send what was observed in it: nothing arrives before it happened.
 
         In silence steps grow to a minute, and after an hour of it time jumps to `until_ms`: timers are still due.
         """
+        silent_ms = 0 if self._pending else self.now_ms - self._heard_ms
+        self.now_ms += max(self.mapping.step, min(silent_ms // 4, MINUTE_MS))
+        if silent_ms >= QUIET_MS:
+            self.now_ms = max(self.now_ms, until_ms)
+        if self._pending:
+            self._heard_ms = self.now_ms
         for gateway, readings in self._pending.items():
             self.pipeline.append(gateway, Lane.TELEMETRY, readings, self.now_ms)
-        silent = not self._pending
         self._pending.clear()
         self.pipeline.tick(self.now_ms)
         self.pipeline.step(self.now_ms)
-        self._silent_ms = self.now_ms - self._heard_ms if silent else 0
-        self._heard_ms = self._heard_ms if silent else self.now_ms
-        self.now_ms += max(self.mapping.step, min(self._silent_ms // 4, MINUTE_MS))
-        if self._silent_ms >= QUIET_MS:
-            self.now_ms = max(self.now_ms, until_ms)
 
     # --- what came of it ----------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from api.assets.store import ledger_version
 from citybrain.cli import Subcommand, emit
 from citybrain.clock import HOUR_MS
 from citybrain.counters import Counters
@@ -41,13 +42,18 @@ TOLD_MS = 6 * HOUR_MS  # a cause that began before, while we were down, touches 
 
 
 def provision(layout: Layout, district: District, now_ms: int) -> dict[str, object]:
-    """Ask ingest to activate the district's registry and the library's rules; nothing where both are in force."""
+    """Ask ingest to activate the district's registry and the library's rules; nothing where both are in force.
+
+    Where the ledger has been changed its registry stays: a later start must not undo what somebody entered.
+    """
     wanted = {
         "registry": layout.put_blob(encode_registry(district.registry)),
         "ruleset": layout.put_blob(encode_ruleset(library())),
     }
     active = layout.read_active()
     changed = [what for what, content in wanted.items() if active is None or getattr(active, what) != content]
+    if "registry" in changed and ledger_version(layout):
+        changed.remove("registry")
     box = layout.mailbox("ingest")
     waiting = "".join(OS_FILES.names(box))
     for position, what in enumerate(changed):

@@ -227,6 +227,17 @@ def test_replayed_again_it_says_the_same(tmp_path: Path, capsys: pytest.CaptureF
     assert replayed(capsys, tmp_path, ill) == replayed(capsys, tmp_path, ill)
 
 
+def test_a_long_step_sets_no_time_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is sent arrives after it was observed, so ingest has no future to clamp and a delay is what it was."""
+    write(tmp_path, MAPPING.replace("step: 1s", "step: 30s"))
+    rows = seconds(0, 61, dry=False) + seconds(61, 120, dry=True)
+    argv = ["replay", str(tmp_path / "mapping.yaml"), str(recording(tmp_path, "ill.csv", rows)), "--per-file", "--json"]
+    assert cli.main([*argv, "--data", str(tmp_path / "data")]) == 0
+    told = capsys.readouterr()
+    assert "future" not in told.err
+    assert json.loads(told.out)["per_file"][0]["delay_s"] == 5.0
+
+
 def test_a_file_that_is_not_there_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["replay", str(write(tmp_path)), str(tmp_path / "no.csv"), "--data", str(tmp_path / "data")]) == 2
     assert "no.csv: no such CSV file" in capsys.readouterr().err

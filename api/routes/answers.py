@@ -55,6 +55,10 @@ class CasePlace(Place):
 
     grid: str = Field(description="responsibility grid")
     street: str = Field(description="street digits")
+    workstation: str = Field(default="", description="block workstation; empty where the district has none")
+    community: str = Field(default="", description="residential area")
+    road: str = Field(default="", description="code of the road")
+    road_chief: str = Field(default="", description="who answers for the road (路长)")
 
 
 class Latest(BaseModel):
@@ -76,6 +80,8 @@ class Device(BaseModel):
     building: str
     name: str
     tags: list[str]
+    sensor: str = Field(default="", description="its name on the wire")
+    mode: str = Field(default="active", description="active | commissioning: its alarms open no case")
     place: Place
     values: dict[str, Latest]
 

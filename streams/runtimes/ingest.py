@@ -44,8 +44,9 @@ def control_of(command: Command, now_ms: int) -> Control:
         subject, rule, from_ms, until_ms = (body.get(name) for name in ("subject", "rule", "from_ms", "until_ms"))
         if not (isinstance(subject, str) and isinstance(rule, str) and subject and rule):
             raise ConfigError(where, 'expected a subject, and a rule or "*"')
-        if not (isinstance(from_ms, int) and isinstance(until_ms, int) and from_ms < until_ms):
-            raise ConfigError(where, f"expected from_ms < until_ms, got {from_ms!r} and {until_ms!r}")
+        if not (isinstance(from_ms, int) and isinstance(until_ms, int) and from_ms <= until_ms):
+            # as long as nothing: it takes back the one of the same subject, rule and beginning
+            raise ConfigError(where, f"expected from_ms <= until_ms, got {from_ms!r} and {until_ms!r}")
         actor = str(body.get("actor") or command.actor)
         reason = str(body.get("reason") or command.reason)
         return Control("override", now_ms, actor, "", subject, rule, from_ms, until_ms, reason)
