@@ -217,7 +217,7 @@ class Field:
         for number, point in enumerate(points, 1):
             self.readings += feed.hand_over(point, self.stream.spool(feed.gateway), now_ms)
             if number < len(points):
-                self.stream.exchange(now_ms)
+                self.stream.exchange(now_ms, feed.gateway)
 
     def _ended(self, gateway: str, now_ms: int) -> list[Cause]:
         return [c for c in self._schedule.around((gateway,), now_ms, now_ms, MINUTE_MS) if c.end_ms <= now_ms]
