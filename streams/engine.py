@@ -245,8 +245,12 @@ class Engine:
         """Say what is probably not meant: a rule that selects nothing or everything, an override that is over."""
         if self.index is not None and self.ruleset:
             ruleset = decode_ruleset(self.layout.get_blob(self.ruleset))
+            alike: dict[tuple[str, str], list[str]] = {}
             for rule, field, what in unusual(ruleset, self.index, self.ticked_ms):
-                self.warnings.append(f"log {self.shard} offset {record.offset}: rule {rule} {field}: {what}")
+                alike.setdefault((field, what), []).append(rule)
+            for (field, what), rules in alike.items():
+                where = f"log {self.shard} offset {record.offset}: rule {', '.join(rules)}"
+                self.warnings.append(f"{where} {field}: {what}")
 
     def _compile(self, registry: str, ruleset: str) -> tuple[Index | None, Plan | None]:
         if not registry:

@@ -90,6 +90,10 @@ class Stored(NamedTuple):
     arrays: dict[str, npt.NDArray[Any]]
     prefix: str = ""
 
+    def has(self, name: str) -> bool:
+        """Return whether there is such an array."""
+        return self.prefix + name in self.arrays
+
     def array(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """Return a stored array; raises StorageError where it is missing, of another shape or of other fields."""
         stored = self.arrays.get(self.prefix + name)

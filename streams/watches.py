@@ -99,7 +99,10 @@ class Conditions:
         return found
 
     def freeze(self) -> dict[str, npt.NDArray[Any]]:
-        """Copy what is remembered; of an idle instance that is its phase alone, and the guards are `know`n again."""
+        """Copy what is remembered; of an idle instance that is its phase alone, and the guards are `know`n again.
+
+        Where many are not idle all are copied, because picking costs more: the stream waits for this.
+        """
         life = self.life
         parts: dict[str, npt.NDArray[Any]] = {
             "phase": life.phase,
@@ -107,14 +110,17 @@ class Conditions:
             "seen": life.seen,
             "memory": self.memory,
         }
-        return {name: array.copy() for name, array in parts.items()} | {"state": life.state[np.flatnonzero(life.phase)]}
+        few = np.count_nonzero(life.phase) * 8 < len(life.phase)
+        state = life.state[np.flatnonzero(life.phase)] if few else life.state.copy()
+        return {name: array.copy() for name, array in parts.items()} | {"picked" if few else "state": state}
 
     def thaw(self, stored: Stored) -> None:
         life = self.life
         for name, own in (("phase", life.phase), ("ring", life.ring), ("seen", life.seen), ("memory", self.memory)):
             own[...] = stored.array(name, own.dtype, own.shape)
-        active = np.flatnonzero(life.phase)
-        life.state[active] = stored.array("state", life.state.dtype, active.shape)
+        active = np.flatnonzero(life.phase) if stored.has("picked") else slice(None)
+        kept = life.state[active]
+        life.state[active] = stored.array("picked" if stored.has("picked") else "state", kept.dtype, kept.shape)
 
     def know(self, times: Times) -> None:
         """Take the guards' values from the last values of their series, and begin new memories with them."""

@@ -144,7 +144,7 @@ def pieces(records: list[Record], cuts: list[int]) -> Iterator[list[Record]]:
         yield records[low:high]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(logs(), st.lists(st.integers(0, 60), max_size=8), st.lists(st.integers(0, 60), max_size=4))
 def test_any_log_in_any_batches_with_any_restarts_gives_what_plain_python_gives(
     steps: list[tuple[str, Any]], cuts: list[int], crashes: list[int]
@@ -457,6 +457,22 @@ def test_a_snapshot_of_another_version_shard_or_that_is_damaged_is_refused(log: 
     for broken in (b"", content[:-40], content[:2000] + b"?" * 50 + content[2050:]):
         with pytest.raises(StorageError, match="snapshot"):
             Engine(0, log.layout).restore(broken)
+
+
+def test_a_frozen_engine_is_not_moved_by_what_comes_after(log: Log) -> None:
+    log.ruleset(START, *RULES)
+    feed(log, "pressure_mpa", [(0, 2), (10, 2), (30, 4), (40, 6)])
+    cut = len(log.records)
+    feed(log, "pressure_mpa", [(60, 6), (75, 6), (90, 2), (120, 2)])
+    engine = Engine(0, log.layout)
+    before = engine.process(log.records[:cut])
+    frozen = engine.freeze()
+    after = engine.process(log.records[cut:])
+    again = Engine(0, log.layout)
+    again.restore(save_snapshot(*frozen))
+    assert again.offset == cut
+    assert again.process(log.records) == after
+    assert [t.edge for t in [*before, *after] if t.rule == "low"] == [Edge.RAISE, Edge.CLEAR, Edge.RAISE]
 
 
 def test_the_latest_values_are_read_from_a_snapshot(log: Log) -> None:

@@ -67,7 +67,7 @@ class ShardWorker:
         self._reader = Reader(layout.log(shard), self.engine.offset, files)
         self._written = (-1, -1)
         self._waiting: list[Transition] = []
-        self._saver = Saver(layout.engine(shard))
+        self._saver = Saver(layout.engine(shard), files)
         self._snapshot_offset = self.engine.offset
         self._snapshot_s = 0.0
 
