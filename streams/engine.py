@@ -31,6 +31,7 @@ from streams.plan import (
     compile_plan,
     compile_rules,
     rows_in_force,
+    spread,
     unusual,
 )
 from streams.registry import Index, decode_registry
@@ -288,8 +289,9 @@ class Engine:
 
     def _mute(self) -> None:
         if self.plan is not None and self.index is not None:
+            muted = spread(self.overrides, self.plan, self.index)
             for watch in self.watches.values():
-                watch.mutes = compile_mutes(self.overrides, watch.table, self.plan, self.index)
+                watch.mutes = compile_mutes(muted, watch.table, self.plan)
 
     def _gone(self, gone: list[Gone], at_ms: int, record: Record) -> list[Transition]:
         """Clear what was raised and no longer exists: its rule or its device was taken out."""

@@ -18,7 +18,7 @@ import pytest
 from api.site import in_force, not_live
 from citybrain.clock import real_unix_ms, system_clock
 from citybrain.counters import Counters, Heartbeat, read_heartbeats, takes_of
-from citybrain.errors import DiskFull, StorageError
+from citybrain.errors import EXIT_UNAVAILABLE, DiskFull, StorageError
 from citybrain.layout import Layout, Run
 from citybrain.model import Edge, Lane, Transition
 from citybrain.segments import Reader, Writer
@@ -305,6 +305,15 @@ def test_two_workers_share_the_shards_and_the_run_is_live_with_both_only(layout:
         writer.close()
     assert written(layout) == expected
     assert snapshot_paths(layout.engine(1))
+
+
+def test_a_second_worker_on_a_shard_is_refused(layout: Layout) -> None:
+    with worker(layout):
+        eventually(lambda: beat(layout) is not None)
+        argv = [sys.executable, "-m", "citybrain", "worker", "--data", str(layout.root)]
+        second = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert second.returncode == EXIT_UNAVAILABLE
+    assert "another worker has shard 0" in second.stderr
 
 
 def test_shards_are_dealt_out_to_the_workers() -> None:

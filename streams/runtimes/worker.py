@@ -7,17 +7,19 @@ and leaves out what the transition log already holds. Nothing is written twice, 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import signal
 from collections import Counter
 from collections.abc import Sequence
 from types import FrameType
+from typing import IO
 
 import msgspec
 
 from citybrain.cli import Subcommand
 from citybrain.clock import monotonic_s, wait_s
 from citybrain.counters import Counters, process_name
-from citybrain.errors import DiskFull
+from citybrain.errors import DiskFull, Unavailable
 from citybrain.layout import Layout, Run
 from citybrain.model import Transition
 from citybrain.segments import Reader, Record, Writer, segments
@@ -158,10 +160,26 @@ class ShardWorker:
             self.counters.warn(str(error))  # the last one still stands; recovery only takes longer
 
 
+def take_shard(layout: Layout, shard: int) -> IO[str]:
+    """Take a shard for this process alone, until it ends; raises Unavailable where another worker has it."""
+    path = layout.run / f"shard-{shard}.lock"
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise Unavailable(f"{path}: another worker has shard {shard}; stop it, or give other --shards") from None
+    return file
+
+
 class WorkerProcess:
-    """The loop over all shards of this process. `run` returns when `stop` has been called."""
+    """The loop over all shards of this process. `run` returns when `stop` has been called.
+
+    Two writers would spoil a transition log, so every shard is taken before anything else; raises Unavailable.
+    """
 
     def __init__(self, layout: Layout, run: Run, shards: Sequence[int], snapshot_s: float = SNAPSHOT_S) -> None:
+        self._taken = [take_shard(layout, shard) for shard in shards]
         self.counters = Counters(process_name("worker", shards, run.shards), layout.run)
         self.shards = [ShardWorker(shard, layout, self.counters, snapshot_s) for shard in shards]
         self._clock = run.clock
@@ -185,6 +203,8 @@ class WorkerProcess:
         for shard in self.shards:
             shard.stop()
         self._publish(force=True)
+        for file in self._taken:
+            file.close()
 
     def _publish(self, *, force: bool = False) -> None:
         """Publish what the engines counted: totals since the log began, so that a restart counts nothing twice."""
