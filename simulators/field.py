@@ -177,8 +177,11 @@ class Field:
         self._schedule = schedule
         self._swaps = swaps
         by_device = {swap.device: (swap.at_ms, swap.wire) for swap in swaps}
-        names = [gateway.id for gateway in schedule.district.registry.gateways if gateway.shard in stream.shards]
-        self._feeds = [Feed(schedule, name, number, by_device) for number, name in enumerate(names)]
+        self._feeds = [
+            Feed(schedule, gateway.id, number, by_device)
+            for number, gateway in enumerate(schedule.district.registry.gateways)
+            if gateway.shard in stream.shards
+        ]
         self._offline: set[str] = set()
 
     def start(self, now_ms: int) -> None:
@@ -214,7 +217,7 @@ class Field:
         for number, point in enumerate(points, 1):
             self.readings += feed.hand_over(point, self.stream.spool(feed.gateway), now_ms)
             if number < len(points):
-                self.stream.exchange(now_ms)
+                self.stream.exchange(now_ms, feed.gateway)
 
     def _ended(self, gateway: str, now_ms: int) -> list[Cause]:
         return [c for c in self._schedule.around((gateway,), now_ms, now_ms, MINUTE_MS) if c.end_ms <= now_ms]

@@ -133,19 +133,21 @@ class Stream:
         """Say that platform time has passed; durable with the next `exchange`."""
         self.ingest.tick(now_ms, self._up_since)
 
-    def exchange(self, now_ms: int) -> None:
-        """Carry everything that is spooled, where its line is up, into the logs."""
-        for uplink in self._changed.values():
+    def exchange(self, now_ms: int, gateway: str = "") -> None:
+        """Carry everything that is spooled (by one gateway, where it is named) into the logs, where the line is up."""
+        changed = [self._changed.pop(gateway)] if gateway else list(self._changed.values())
+        for uplink in changed:
             uplink.spool.commit()
-        while self._window(now_ms):
+        while self._window(changed, now_ms):
             pass
-        self._changed.clear()
+        if not gateway:
+            self._changed.clear()
 
-    def _window(self, now_ms: int) -> bool:
-        """Hand over one window of every gateway and the acknowledgements; return whether there was anything."""
+    def _window(self, changed: Sequence[Uplink], now_ms: int) -> bool:
+        """Hand over one window of each gateway and the acknowledgements; return whether there was anything."""
         mono_s = now_ms / SECOND_MS
         moved = False
-        for uplink in self._changed.values():
+        for uplink in changed:
             for topic, payload in uplink.outgoing(now_ms, mono_s):
                 self.ingest.message(topic, payload, now_ms)
                 moved = True

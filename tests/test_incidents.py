@@ -27,7 +27,8 @@ from streams.incidents import (
 from streams.ruleset import Confirm, Rule
 from tests.desk_city import MIN, RULES, S, make_registry
 
-LOW, TILTED, USE = RULES["hydrant_pressure_low"], RULES["hydrant_tilted"], RULES["hydrant_illegal_use"]
+LOW, TILTED = RULES["hydrant_pressure_low"], RULES["hydrant_tilted"]
+USE = msgspec.structs.replace(RULES["hydrant_illegal_use"], confirm=Confirm("after", Duration(20 * S)))
 TRAPPED, MAINS, DOOR = RULES["elevator_trapped"], RULES["elevator_mains_lost"], RULES["elevator_door_failure"]
 OFFLINE, DROP = RULES["hydrant_offline"], RULES["hydrant_pressure_drop"]
 DEVICES = {device.id: device for device in make_registry().devices}
