@@ -222,34 +222,49 @@ def _metrics(site: Site) -> list[Metric]:
     ]
 
 
+Sample = tuple[str, str, str, float]  # component, label, its value, amount
+
+
 def _counter_families(beats: Mapping[str, Heartbeat]) -> list[Metric]:
-    """One family a counter name; components may give it different labels, so all of them stand on every sample."""
-    samples: dict[str, list[tuple[str, str, str, int]]] = {}
-    for component, beat in sorted(beats.items()):
-        for key, amount in beat.counters.items():
-            match = vitals.LABELLED.match(key)
-            name, label, value = (match["name"], match["label"], match["value"]) if match else (key, "", "")
-            samples.setdefault(name.removesuffix("_total"), []).append((component, label, value, amount))
     found: list[Metric] = []
-    for name, taken in sorted(samples.items()):
-        labels = sorted({label for _, label, _, _ in taken if label})
-        family = CounterMetricFamily(PREFIX + _safe(name), f"{name}, by component", labels=["component", *labels])
-        for component, label, value, amount in taken:
-            family.add_metric([component, *(value if each == label else "" for each in labels)], amount)
+    for name, samples in _by_name((component, beat.counters) for component, beat in sorted(beats.items())).items():
+        bare = name.removesuffix("_total")
+        labels = _labels(samples)
+        family = CounterMetricFamily(PREFIX + _safe(bare), f"{bare}, by component", labels=["component", *labels])
+        _fill(family, samples, labels)
         found.append(family)
     return found
 
 
 def _gauge_families(beats: Mapping[str, Heartbeat]) -> list[Metric]:
-    names = sorted({name for beat in beats.values() for name in beat.gauges})
     found: list[Metric] = []
-    for name in names:
-        family = GaugeMetricFamily(PREFIX + _safe(name), f"{name}, by component", labels=["component"])
-        for component, beat in sorted(beats.items()):
-            if name in beat.gauges:
-                family.add_metric([component], beat.gauges[name])
+    for name, samples in _by_name((component, beat.gauges) for component, beat in sorted(beats.items())).items():
+        labels = _labels(samples)
+        family = GaugeMetricFamily(PREFIX + _safe(name), f"{name}, by component", labels=["component", *labels])
+        _fill(family, samples, labels)
         found.append(family)
     return found
+
+
+def _by_name(told: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, list[Sample]]:
+    """Return what components told, by the name before the label."""
+    found: dict[str, list[Sample]] = {}
+    for component, values in told:
+        for key, amount in values.items():
+            match = vitals.LABELLED.match(key)
+            name, label, value = (match["name"], match["label"], match["value"]) if match else (key, "", "")
+            found.setdefault(name, []).append((component, label, value, amount))
+    return dict(sorted(found.items()))
+
+
+def _labels(samples: Iterable[Sample]) -> list[str]:
+    return sorted({label for _, label, _, _ in samples if label})
+
+
+def _fill(family: CounterMetricFamily | GaugeMetricFamily, samples: Iterable[Sample], labels: list[str]) -> None:
+    """Add samples; components may give a name different labels, so all of them stand on every sample."""
+    for component, label, value, amount in samples:
+        family.add_metric([component, *(value if each == label else "" for each in labels)], amount)
 
 
 def _delay_families(beats: Mapping[str, Heartbeat]) -> list[Metric]:
