@@ -70,7 +70,8 @@ def said(
     """What one device says under these causes alone, in true time."""
     source = Sensors(district, district.devices[device].gateway, Planted(district, *causes))
     wire = district.devices[device].wire_id
-    return [item for item in emitted(source.columns(from_ms, to_ms)) if item[1].device == wire]
+    blocks = [block for block in source.columns(from_ms, to_ms) if wire in block.names]
+    return emitted([block.rows(block.device == block.names.index(wire)) for block in blocks])
 
 
 def values(items: list[tuple[Lane, Reading]], metric: str) -> list[float]:
@@ -829,10 +830,8 @@ def row(kind: Kind) -> str:
     strength = ", ".join(f"`{name}` {low:g}…{high:g}" for name, (low, high) in RANGES.get(kind.name, {}).items())
     due = {"case": "case", "rescue": "rescue", "maintenance": "maintenance order", "nothing": "–"}[kind.due]
     low, high = kind.minutes
-    return (
-        f"| `{kind.name}` | {kind.at} | {kind.zone_day:g}, {kind.city_day:g} | {low:g}–{high:g} min | {strength or '–'} | "
-        f"{due} |"
-    )
+    rates, minutes = f"{kind.zone_day:g}, {kind.city_day:g}", f"{low:g}–{high:g} min"
+    return f"| `{kind.name}` | {kind.at} | {rates} | {minutes} | {strength or '–'} | {due} |"
 
 
 def test_the_docs_have_every_kind_of_cause_as_it_is() -> None:
