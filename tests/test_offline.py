@@ -13,7 +13,8 @@ from citybrain.errors import UsageError
 from citybrain.layout import Layout
 from citybrain.segments import Reader
 from rules.files import library
-from simulators.district import build
+from simulators.causes import Cause
+from simulators.district import District, build
 from simulators.faults import Schedule, read_truth
 from simulators.field import Field, Swap
 from simulators.offline import ORIGIN_MS, LazyFiles, blocks, run_offline
@@ -26,6 +27,20 @@ from streams.ruleset import Rule, RuleSet
 
 DAYS, SEED = 0.25, 506  # six hours with many kinds of causes
 HOURS, CITY_SEED = 2, 43  # of the reference district
+
+
+class Only(Schedule):
+    """A schedule of given causes alone."""
+
+    def __init__(self, district: District, *causes: Cause) -> None:
+        super().__init__(district, CITY_SEED, ORIGIN_MS)
+        self._given = causes
+
+    def causes(self, from_ms: int, to_ms: int) -> list[Cause]:
+        return [cause for cause in self._given if from_ms <= cause.start_ms < to_ms]
+
+    def _plan_block(self, block: int) -> tuple[Cause, ...]:
+        return self._given if block == 0 else ()
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +130,22 @@ def test_a_replaced_sensor_goes_on_as_its_asset(tmp_path: Path) -> None:
     said_twice = field.readings - stream.ingested.values["readings_total"]  # in one message they are one reading
     assert 0 < said_twice < 0.006 * field.readings
     assert not [name for name in stream.ingested.values if name.startswith(("dropped", "quarantined"))]
+    stream.close()
+
+
+def test_a_backlog_traps_nobody(tmp_path: Path) -> None:
+    """A line that comes back tells hours of events and of telemetry, in two rows: no ride becomes a rescue."""
+    district, layout = build(CITY_SEED, "reference"), Layout(tmp_path)
+    lift = next(d for d in district.registry.devices if "retrofit" in d.tags)
+    shard = next(g.shard for g in district.registry.gateways if g.id == lift.gateway)
+    span = ORIGIN_MS + HOUR_MS, ORIGIN_MS + 4 * HOUR_MS
+    cut = Cause("cut", "gateway_offline", *span, lift.gateway, (lift.gateway,), {"power": 1.0})
+    stream = Stream(layout, district.registry, (shard,), files=LazyFiles())
+    stream.start(ORIGIN_MS, prepare(layout, district.registry, library(), ORIGIN_MS, CITY_SEED))
+    field = Field(stream, Only(district, cut), ())
+    field.start(ORIGIN_MS)
+    told = [t for from_ms, to_ms in blocks(ORIGIN_MS + 5 * HOUR_MS) for t in field.block(from_ms, to_ms)]
+    assert {(t.rule, t.subject) for t in told} == {("gateway_offline", lift.gateway)}
     stream.close()
 
 
