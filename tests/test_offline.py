@@ -16,7 +16,7 @@ from rules.files import library
 from simulators.causes import Cause
 from simulators.district import District, build
 from simulators.faults import Schedule, read_truth
-from simulators.field import Field, Swap
+from simulators.field import BLOCK_MS, Field, Swap
 from simulators.offline import ORIGIN_MS, LazyFiles, blocks, run_offline
 from simulators.pipeline import Stream, prepare
 from simulators.score import evaluate, read_orders
@@ -33,7 +33,7 @@ class Only(Schedule):
     """A schedule of given causes alone."""
 
     def __init__(self, district: District, *causes: Cause) -> None:
-        super().__init__(district, CITY_SEED, ORIGIN_MS)
+        super().__init__(district, district.seed, ORIGIN_MS)
         self._given = causes
 
     def causes(self, from_ms: int, to_ms: int) -> list[Cause]:
@@ -135,17 +135,17 @@ def test_a_replaced_sensor_goes_on_as_its_asset(tmp_path: Path) -> None:
 
 def test_a_backlog_traps_nobody(tmp_path: Path) -> None:
     """A line that comes back tells hours of events and of telemetry, in two rows: no ride becomes a rescue."""
-    district, layout = build(CITY_SEED, "reference"), Layout(tmp_path)
-    lift = next(d for d in district.registry.devices if "retrofit" in d.tags)
-    shard = next(g.shard for g in district.registry.gateways if g.id == lift.gateway)
-    span = ORIGIN_MS + HOUR_MS, ORIGIN_MS + 4 * HOUR_MS
-    cut = Cause("cut", "gateway_offline", *span, lift.gateway, (lift.gateway,), {"power": 1.0})
-    stream = Stream(layout, district.registry, (shard,), files=LazyFiles())
-    stream.start(ORIGIN_MS, prepare(layout, district.registry, library(), ORIGIN_MS, CITY_SEED))
+    district, layout = build(21, "reference"), Layout(tmp_path)
+    gateway = next(gateway for gateway in district.registry.gateways if gateway.id == "gw-32")
+    start_ms = ORIGIN_MS + 95 * HOUR_MS
+    cut = Cause("cut", "gateway_offline", start_ms + 3_279_000, start_ms + 4_803_825, gateway.id, (gateway.id,))
+    stream = Stream(layout, district.registry, (gateway.shard,), files=LazyFiles(), seed=21)
+    stream.start(start_ms, prepare(layout, district.registry, library(), start_ms, 21))
     field = Field(stream, Only(district, cut), ())
-    field.start(ORIGIN_MS)
-    told = [t for from_ms, to_ms in blocks(ORIGIN_MS + 5 * HOUR_MS) for t in field.block(from_ms, to_ms)]
-    assert {(t.rule, t.subject) for t in told} == {("gateway_offline", lift.gateway)}
+    field.start(start_ms)
+    halves = range(start_ms, start_ms + 2 * HOUR_MS, BLOCK_MS)
+    told = [(t.rule, t.subject) for from_ms in halves for t in field.block(from_ms, from_ms + BLOCK_MS)]
+    assert set(told) == {("gateway_offline", gateway.id)}
     stream.close()
 
 
