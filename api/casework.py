@@ -108,13 +108,15 @@ class Casework:
 
     # --- changing
 
-    def move(self, id: int, moved: Moved, actor: str = "desk", **values: Any) -> None:
-        """Take a step of a case's life and note it; `values` are further columns."""
+    def move(
+        self, id: int, moved: Moved, actor: str = "desk", *, details: Mapping[str, Any] | None = None, **values: Any
+    ) -> None:
+        """Take a step of a case's life and note it with `details`; `values` are further columns."""
         if moved.after in FINISHED:
             values["closed_at"] = self.now_ms
             self.ledger.counts["closed"] += 1
         self.ledger.set(cases, id, stage=moved.after, **values)
-        self.ledger.note(self.now_ms, "case", id, moved, actor)
+        self.ledger.note(self.now_ms, "case", id, moved, actor, **(details or {}))
 
     def native(self, incident: int, event: str) -> None:
         """Move an incident's maintenance order, where it has one and the event means something to it."""

@@ -91,6 +91,8 @@ class Desk:
         self.categories = categories
         self.config = config
         self.counters = counters or Counters("desk")
+        self.taken: list[int] = []  # when the transitions of the last step had been received
+        self.delivered: list[int] = []  # when the messages had been made that it noted as delivered
         self._mailbox = Mailbox(layout.mailbox("desk"))
         self._ingest = Mailbox(layout.mailbox("ingest"))
         self._rulebook = Rulebook(layout)
@@ -163,6 +165,8 @@ class Desk:
             if one.mail:
                 self._mailbox.done(one.mail)
         self._publish(ledger)
+        self.taken = [one.record.received_at for one in inputs if one.record is not None]
+        self.delivered = ledger.delivered
         return taken
 
     def _gather(self) -> tuple[list[Input], bool]:
@@ -320,6 +324,8 @@ class Desk:
             delivered_at=now_ms if done else None,
             last_error=result.error,
         )
+        if done:
+            ledger.delivered.append(row["created_at"])
         ledger.counts["delivered" if done else f"delivery_{result.outcome}"] += 1
         if result.outcome == "dead":
             ledger.warnings.append(f"message {result.id}: given up: {result.error}")
@@ -368,9 +374,12 @@ class Desk:
             "cases_open": select(func.count()).where(cases.c.closed_at.is_(None)),
             "messages_waiting": select(func.count()).where(outbox.c.state == "pending"),
         }
+        waiting_since = select(func.min(outbox.c.created_at)).where(outbox.c.state == "pending")
         with self.store.connect() as connection:
             for name, query in counted.items():
                 self.counters.gauges[name] = float(connection.execute(query).scalar_one())
+            made_at = connection.execute(waiting_since).scalar()
+        self.counters.gauges["outbox_age_s"] = max(0.0, (now_ms - made_at) / 1000) if made_at is not None else 0.0
         oldest = min((waiting[0].received_at for waiting in self._waiting.values() if waiting), default=None)
         self.counters.gauges["lag_s"] = max(0.0, (now_ms - oldest) / 1000) if oldest is not None else 0.0
 

@@ -120,6 +120,7 @@ class Ledger:
         self.counts: Counter[str] = Counter()
         self.drops: Counter[str] = Counter()
         self.warnings: list[str] = []
+        self.delivered: list[int] = []  # when the messages were made that have been delivered
 
     def _run(self, statement: ClauseElement, values: Mapping[str, Any]) -> Any:
         """Send a statement straight to the database's driver; return its cursor."""

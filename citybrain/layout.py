@@ -26,6 +26,8 @@ class Run(msgspec.Struct, frozen=True):
     mqtt_port: int = 1883
     api_port: int = 8080
     platform_port: int = 8090
+    cloud_port: int = 8070  # where operators' clouds push
+    operator_port: int = 8091  # where the simulated operator is asked
     seed: int = 7
     api_host: str = "127.0.0.1"
     workers: int = 1
@@ -58,6 +60,10 @@ class Layout(msgspec.Struct, frozen=True):
     @property
     def blobs(self) -> Path:
         return self.root / "blobs"
+
+    @property
+    def clouds(self) -> Path:
+        return self.root / "clouds"
 
     @property
     def database(self) -> Path:

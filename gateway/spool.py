@@ -212,7 +212,8 @@ class Spool:
     """A gateway's messages by lane. Call `start` first; nothing is safe, or readable, before `commit` returned.
 
     `limit_bytes` bounds the segments of all lanes together: beyond it, and on a full disk, the oldest segments go,
-    telemetry before event, counted as `lost_total{reason=evicted}`.
+    telemetry before event, counted as `lost_total{reason=evicted}`. Not so where `evicts` is false, because whoever
+    gave us readings was told that they are safe: then nothing goes, and he must ask `full` before he takes more.
     """
 
     def __init__(
@@ -225,6 +226,7 @@ class Spool:
         *,
         counters: Counters | None = None,
         draw_epoch: Callable[[], int] = random_epoch,
+        evicts: bool = True,
     ) -> None:
         self.folder = folder
         self.serial = serial
@@ -236,6 +238,7 @@ class Spool:
         self.resumed = dict.fromkeys(Lane, 0)  # highest seq that an earlier process may have sent in this epoch
         self._files = files
         self._draw_epoch = draw_epoch
+        self._evicts = evicts
         self._bytes = 0
         part = min(segment_bytes, max(limit_bytes // 8, 1))  # so that evicting one never empties the spool
         self._stores = {lane: _Store(folder / lane.topic, files, part) for lane in Lane}
@@ -379,6 +382,8 @@ class Spool:
 
     def _evict(self) -> bool:
         """Drop the oldest segment, of telemetry as long as there is one; return whether there was any."""
+        if not self._evicts:
+            return False
         for lane in (Lane.TELEMETRY, Lane.EVENT):
             store = self._stores[lane]
             try:
@@ -400,6 +405,11 @@ class Spool:
     def next_seq(self, lane: Lane) -> int:
         """Return the seq behind the last committed message."""
         return self._stores[lane].committed
+
+    @property
+    def full(self) -> bool:
+        """Whether the segments hold more than `limit_bytes`."""
+        return self._bytes > self.limit_bytes
 
     def spooled(self) -> int:
         """Return how many messages wait for their acknowledgement."""

@@ -187,6 +187,15 @@ class Ingest:
         self.counters.gauges["quarantined"] = sum(intake.quarantine.waiting for intake in self._intakes.values())
         return acks
 
+    def quarantined(self, most: int) -> dict[str, int]:
+        """Return the `gateway/device`s that wait to be adopted, and how many messages each; those with most first."""
+        waiting = {
+            f"{gateway}/{device}": len(keys)
+            for intake in self._intakes.values()
+            for (gateway, device), keys in intake.quarantine.pending.items()
+        }
+        return dict(sorted(waiting.items(), key=lambda item: (-item[1], item[0]))[:most])
+
     def _publish_active(self) -> None:
         """Tell the other processes which registry and rule set every shard has by now."""
         settled = {intake.settled for intake in self._intakes.values()}

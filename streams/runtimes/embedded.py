@@ -31,7 +31,13 @@ from streams.runtimes.broker import broker_command, mosquitto
 from streams.runtimes.supervisor import Part, Say, Supervisor
 
 KEYS = ("platform.key", "verdict.key")  # what we sign with, what the grid platform signs with
-PORTS = {"mqtt_port": "MQTT", "api_port": "API", "platform_port": "platform"}
+PORTS = {
+    "mqtt_port": "MQTT",
+    "api_port": "API",
+    "platform_port": "platform",
+    "cloud_port": "cloud",
+    "operator_port": "operator",
+}
 DEFAULTS = Run(clock=system_clock())
 ZONE_SHARDS = 2
 SLOW_S = 60.0  # not live by then: say who is missing
@@ -180,11 +186,18 @@ def parts_of(layout: Layout, run: Run, *, simulate: bool) -> list[Part]:
         Part("migrate", own("migrate"), once=True),
         Part("ingest", own("ingest"), proof="connected", least=1.0, wave=1),
         *(Part(name, own("worker", *which), proof="lag_s", wave=1) for name, which in workers_of(run)),
+        Part("history", own("history"), proof="history_lag_s", wave=1),
         Part("desk", own("desk"), after=("migrate",), proof="lag_s", wave=1),
         Part("api", own("api"), after=("migrate",), port=run.api_port, wave=1),
     ]
+    agreed = layout.clouds / "simulated.yaml" if simulate else layout.root / "clouds.yaml"
+    if simulate or agreed.exists():
+        cloud = own("cloud", "--config", str(agreed))
+        parts.append(Part("cloud", cloud, after=("contract",) if simulate else (), port=run.cloud_port, wave=1))
     if simulate:
         parts += [
+            Part("contract", own("operator", "--provision"), once=True),
+            Part("operator", own("operator"), after=("contract", "provision"), port=run.operator_port, wave=0),
             Part("provision", own("simulate", "--provision"), once=True),
             Part("platform", own("platform"), port=run.platform_port, wave=1),
             Part("simulate", own("simulate"), after=("provision",), wave=0),

@@ -29,6 +29,7 @@ TICK_MS = 5_000  # platform time
 MAILBOX_S = 0.2
 IDLE_S = 0.1  # how long a quiet loop waits: a signal, a command, a tick or a heartbeat is at most that late
 BACK_OFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+MOST_QUARANTINED = 20  # devices that the heartbeat names
 CHANNELS = ("telemetry", "event", "status")
 
 
@@ -63,6 +64,7 @@ class IngestProcess:
         name = process_name("ingest", self.shards, run.shards)
         self.counters = Counters(name, layout.run)
         self.ingest = Ingest(layout, self.shards, self.counters)
+        self.counters.probes.append(self._quarantined)
         self._clock = run.clock
         self._mailbox = Mailbox(layout.mailbox(name))
         self._topics = [f"cb/v1/{shard}/+/{channel}" for shard in self.shards for channel in CHANNELS]
@@ -105,10 +107,12 @@ class IngestProcess:
             wait_s(min(IDLE_S, max(0.0, self._try_at_s - now_s)))
             return
         self._link.wait(IDLE_S)
-        self._burst()
+        began_s = monotonic_s()
+        taken = self._burst()
         self._tick()
         self._commit()
         self._link.flush()
+        self.counters.delayed("lag_s", monotonic_s() - began_s, taken)  # until durable and acknowledged
         self._link.keep_alive()
 
     def _commit(self) -> None:
@@ -117,20 +121,24 @@ class IngestProcess:
             self._link.publish(topic, payload)
         self.counters.values["sent_total"] += len(acks)
 
-    def _burst(self) -> None:
-        """Take the messages that are there: they will share one sync."""
+    def _burst(self) -> int:
+        """Take the messages that are there: they will share one sync. Return how many that were."""
         until_s, left = monotonic_s() + BURST_S, BURST_MESSAGES
         while left > 0:
             messages = self._link.receive()
             if not messages:
-                return
+                break
             now_ms = self._clock.now_ms()
             take = self.ingest.message
             for topic, payload in messages:
                 take(topic, payload, now_ms)
             left -= len(messages)
             if monotonic_s() >= until_s:
-                return
+                break
+        return BURST_MESSAGES - left
+
+    def _quarantined(self) -> None:
+        self.counters.details["quarantine"] = self.ingest.quarantined(MOST_QUARANTINED)
 
     def _tick(self) -> None:
         now_ms = self._clock.now_ms()

@@ -65,6 +65,8 @@ class ShardWorker:
         self.counters = counters
         self.engine, self._warnings = restored_engine(shard, layout)
         self.received_at: int | None = None  # of the last record taken; None once nothing waits in the log
+        self.taken: tuple[int, int] | None = None  # oldest `received_at` and number of the new records last taken
+        self.known = 0  # offset before which the process judged all before it was started again
         self._writer = Writer(layout.transitions(shard), files)
         self._reader = Reader(layout.log(shard), self.engine.offset, files)
         self._written = (-1, -1)
@@ -84,6 +86,7 @@ class ShardWorker:
 
     def step(self) -> bool:
         """Take the records that are there, make their transitions durable; return whether there were any."""
+        self.taken = None
         if self._waiting and not self._write():
             return False
         records = self._reader.read(READ_BYTES)
@@ -97,6 +100,8 @@ class ShardWorker:
         self.received_at = records[-1].received_at
         self._tell()
         if self._write():
+            new = records if records[0].offset >= self.known else [r for r in records if r.offset >= self.known]
+            self.taken = (new[0].received_at, len(new)) if new else None
             self._snapshot_if_due()
         return True
 
@@ -191,12 +196,16 @@ class WorkerProcess:
 
     def run(self) -> None:
         """Recover, then serve until stopped; raises StorageError where the disk fails."""
+        last = self.counters.resume()
         self.counters.publish(force=True)
         warm_engine()
         for shard in self.shards:
             shard.start()
+            if last is not None:
+                shard.known = last.details.get("shards", {}).get(str(shard.shard), {}).get("offset", 0)
         while not self._stopping:
             busy = [shard.step() for shard in self.shards]
+            self._measure()
             self._publish()
             if not any(busy):
                 wait_s(IDLE_S)
@@ -205,6 +214,14 @@ class WorkerProcess:
         self._publish(force=True)
         for file in self._taken:
             file.close()
+
+    def _measure(self) -> None:
+        """Count how long what was just taken had waited; each record as long as the oldest of its batch."""
+        now_ms = self._clock.now_ms()
+        for shard in self.shards:
+            if shard.taken is not None:
+                oldest_at, amount = shard.taken
+                self.counters.delayed("lag_s", self._clock.real_s(now_ms - oldest_at), amount)
 
     def _publish(self, *, force: bool = False) -> None:
         """Publish what the engines counted: totals since the log began, so that a restart counts nothing twice."""
