@@ -23,7 +23,7 @@ from simulators.columns import Columns, Frames
 from simulators.faults import Schedule
 from simulators.noise import I64, bits, key, uniforms
 from simulators.pipeline import Stream
-from simulators.sensors import VITALS_MS, Sensors, dead
+from simulators.sensors import VITALS_MS, Sensors, dead, is_cloud
 from streams.log import Control
 
 Bools = npt.NDArray[np.bool_]
@@ -50,11 +50,6 @@ class Swap(msgspec.Struct, frozen=True):
     device: str
     wire: str
     registry: str
-
-
-def is_cloud(gateway: str) -> bool:
-    """Return whether a gateway is an operator's cloud."""
-    return gateway.startswith("cloud-")
 
 
 class Feed:

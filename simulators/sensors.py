@@ -163,6 +163,11 @@ class Sensors:
         return [msgspec.structs.replace(columns, names=tuple(names), device=device)]
 
 
+def is_cloud(gateway: str) -> bool:
+    """Return whether a gateway is an operator's cloud."""
+    return gateway.startswith("cloud-")
+
+
 def dead(cause: Cause) -> bool:
     """Return whether a gateway that is offline has no power either."""
     return cause.kind == "gateway_offline" and cause.strength.get("power", 1.0) < DEAD_SHARE

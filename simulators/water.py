@@ -225,6 +225,8 @@ class Hydrants:
         telemetry = Columns(Lane.TELEMETRY, self.names, TELEMETRY, device, at, values).rows(keep)
         luck = uniforms(self._luck[telemetry.device], telemetry.at)
         missed: F64 = np.where(self.battery[telemetry.device], BATTERY_MISSED, MISSED)
+        called = (telemetry.at - self._phase_ms[telemetry.device]) % self._report_ms[telemetry.device] != 0
+        missed[self.battery[telemetry.device] & called] = 0.0  # alarms are confirmed
         telemetry = telemetry.rows(by_luck(luck, missed))
         found = [only(telemetry, self.spoken[Lane.TELEMETRY]), self._events(from_ms, to_ms, causes)]
         return [self._spared(columns, causes) for columns in found]

@@ -13,9 +13,10 @@ from citybrain.errors import UsageError
 from citybrain.layout import Layout
 from citybrain.segments import Reader
 from rules.files import library
-from simulators.district import build
+from simulators.causes import Cause
+from simulators.district import District, build
 from simulators.faults import Schedule, read_truth
-from simulators.field import Field, Swap
+from simulators.field import BLOCK_MS, Field, Swap
 from simulators.offline import ORIGIN_MS, LazyFiles, blocks, run_offline
 from simulators.pipeline import Stream, prepare
 from simulators.score import evaluate, read_orders
@@ -26,6 +27,20 @@ from streams.ruleset import Rule, RuleSet
 
 DAYS, SEED = 0.25, 506  # six hours with many kinds of causes
 HOURS, CITY_SEED = 2, 43  # of the reference district
+
+
+class Only(Schedule):
+    """A schedule of given causes alone."""
+
+    def __init__(self, district: District, *causes: Cause) -> None:
+        super().__init__(district, district.seed, ORIGIN_MS)
+        self._given = causes
+
+    def causes(self, from_ms: int, to_ms: int) -> list[Cause]:
+        return [cause for cause in self._given if from_ms <= cause.start_ms < to_ms]
+
+    def _plan_block(self, block: int) -> tuple[Cause, ...]:
+        return self._given if block == 0 else ()
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +130,22 @@ def test_a_replaced_sensor_goes_on_as_its_asset(tmp_path: Path) -> None:
     said_twice = field.readings - stream.ingested.values["readings_total"]  # in one message they are one reading
     assert 0 < said_twice < 0.006 * field.readings
     assert not [name for name in stream.ingested.values if name.startswith(("dropped", "quarantined"))]
+    stream.close()
+
+
+def test_a_backlog_traps_nobody(tmp_path: Path) -> None:
+    """A line that comes back tells hours of events and of telemetry, in two rows: no ride becomes a rescue."""
+    district, layout = build(21, "reference"), Layout(tmp_path)
+    gateway = next(gateway for gateway in district.registry.gateways if gateway.id == "gw-32")
+    start_ms = ORIGIN_MS + 95 * HOUR_MS
+    cut = Cause("cut", "gateway_offline", start_ms + 3_279_000, start_ms + 4_803_825, gateway.id, (gateway.id,))
+    stream = Stream(layout, district.registry, (gateway.shard,), files=LazyFiles(), seed=21)
+    stream.start(start_ms, prepare(layout, district.registry, library(), start_ms, 21))
+    field = Field(stream, Only(district, cut), ())
+    field.start(start_ms)
+    halves = range(start_ms, start_ms + 2 * HOUR_MS, BLOCK_MS)
+    told = [(t.rule, t.subject) for from_ms in halves for t in field.block(from_ms, from_ms + BLOCK_MS)]
+    assert set(told) == {("gateway_offline", gateway.id)}
     stream.close()
 
 

@@ -25,7 +25,7 @@ from citybrain.mailbox import Mailbox
 from citybrain.model import Lane, Reading
 from citybrain.wire import Header, columns_message, decode_status, open_message, readings_of
 from simulators import noise
-from simulators.causes import KIND, KINDS, Cause, is_battery, make, permits, report_ms, suits
+from simulators.causes import KIND, KINDS, RANGES, Cause, Kind, is_battery, make, permits, report_ms, suits
 from simulators.columns import Columns, Emitted, Frames, by_luck
 from simulators.columns import readings_of as emitted
 from simulators.district import District, build
@@ -70,7 +70,8 @@ def said(
     """What one device says under these causes alone, in true time."""
     source = Sensors(district, district.devices[device].gateway, Planted(district, *causes))
     wire = district.devices[device].wire_id
-    return [item for item in emitted(source.columns(from_ms, to_ms)) if item[1].device == wire]
+    blocks = [block for block in source.columns(from_ms, to_ms) if wire in block.names]
+    return emitted([block.rows(block.device == block.names.index(wire)) for block in blocks])
 
 
 def values(items: list[tuple[Lane, Reading]], metric: str) -> list[float]:
@@ -819,3 +820,20 @@ def test_a_gateway_loses_its_line_and_comes_back_as_scheduled(tmp_path: Path, mo
             return [decode_status(payload).online for channel, payload in heard if channel == "gw-05/status"]
 
         eventually(lambda: births() == [True, False, True], 30, "the line going down and up again")
+
+
+# --- docs ---
+
+
+def row(kind: Kind) -> str:
+    """A kind's line in docs/simulation.md."""
+    strength = ", ".join(f"`{name}` {low:g}…{high:g}" for name, (low, high) in RANGES.get(kind.name, {}).items())
+    due = {"case": "case", "rescue": "rescue", "maintenance": "maintenance order", "nothing": "–"}[kind.due]
+    low, high = kind.minutes
+    rates, minutes = f"{kind.zone_day:g}, {kind.city_day:g}", f"{low:g}–{high:g} min"
+    return f"| `{kind.name}` | {kind.at} | {rates} | {minutes} | {strength or '–'} | {due} |"
+
+
+def test_the_docs_have_every_kind_of_cause_as_it_is() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "simulation.md").read_text()
+    assert [kind.name for kind in KINDS if row(kind) not in text] == []
