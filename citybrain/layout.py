@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -16,8 +17,8 @@ from citybrain.wire import crc32c
 class Run(msgspec.Struct, frozen=True):
     """One run: its clock, shards, and the loopback addresses of its services.
 
-    `workers`: how many engines share the shards. `api_host` is where the API listens: another address than loopback
-    only inside a container's own network.
+    `workers`: how many engines share the shards. `size`: how large the simulated district is. `api_host` is where the
+    API listens: another address than loopback only inside a container's own network.
     """
 
     clock: RunClock
@@ -31,6 +32,7 @@ class Run(msgspec.Struct, frozen=True):
     seed: int = 7
     api_host: str = "127.0.0.1"
     workers: int = 1
+    size: Literal["zone", "reference"] = "zone"
 
 
 class Active(msgspec.Struct, frozen=True):

@@ -27,7 +27,7 @@ from citybrain.clock import HOUR_MS, MINUTE_MS, SECOND_MS, real_unix_s, wait_s
 from citybrain.counters import Counters
 from citybrain.errors import SignatureError, Unavailable
 from citybrain.layout import Layout, Run
-from citybrain.model import Lane, Reading, Registry
+from citybrain.model import Reading, Registry
 from citybrain.storage import OS_FILES
 from citybrain.webhook import sign
 from edge.agent import Source
@@ -276,7 +276,7 @@ def provision(layout: Layout, run: Run) -> dict[str, object]:
     """Write the contract and its keys, as an operator and we would have agreed on them."""
     OS_FILES.make(layout.clouds)
     path = layout.clouds / "simulated.yaml"
-    text = yaml.safe_dump(contract(build(run.seed).registry, run), sort_keys=False)
+    text = yaml.safe_dump(contract(build(run.seed, run.size).registry, run), sort_keys=False)
     OS_FILES.replace(path, text.encode())
     return {"config": str(path), "made": make_keys(layout.secrets, read_clouds(path))}
 
@@ -286,11 +286,11 @@ def serve(layout: Layout, run: Run, scenario: Scenario, habits: Habits, stop: th
     counters = Counters("operator", layout.run)
     counters.resume()
     configured = read_clouds(layout.clouds / "simulated.yaml").operators[NAME]
-    district = build(run.seed)
+    district = build(run.seed, run.size)
     schedule = Schedule(district, district.seed, run.clock.origin_ms or run.clock.now_ms(), scenario)
     gateways = [gateway.id for gateway in district.registry.gateways if gateway.id.startswith(PREFIX)]
     marks = layout.root / "operator"
-    sensors = [Wired(Sensors(district, name, schedule, marks / f"{name}.mark"), district.registry) for name in gateways]
+    sensors = [Sensors(district, name, schedule, marks / f"{name}.mark") for name in gateways]
     book = Book(layout.root / "operator")
     book.start()
     operator = Operator(book, run.seed, habits, counters)
@@ -307,19 +307,6 @@ def serve(layout: Layout, run: Run, scenario: Scenario, habits: Habits, stop: th
             client.close()
             book.close()
             counters.publish(force=True)
-
-
-class Wired:
-    """A source whose readings come under the names of sensors; the operator knows no assets."""
-
-    def __init__(self, source: Source, registry: Registry) -> None:
-        self._source = source
-        self._wire_ids = {device.id: device.wire_id for device in registry.devices}
-
-    def poll(self, now_ms: int) -> list[tuple[Lane, Reading]]:
-        """Return what is due, renamed."""
-        found = self._source.poll(now_ms)
-        return [(lane, Reading(self._wire_ids.get(r.device, r.device), r.observed_at, r.values)) for lane, r in found]
 
 
 def step(operator: Operator, sensors: Sequence[Source], client: Client, run: Run) -> None:

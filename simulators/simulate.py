@@ -212,7 +212,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gateway", action="append", default=[], metavar="ID", help="host this gateway only")
     parser.add_argument("--scenario", choices=("demo", "random"), default="demo", help="what happens (default: demo)")
     parser.add_argument("--seed", type=int, metavar="N", help="what everything is drawn from (default: the run's)")
-    parser.add_argument("--size", choices=SIZES, help="how large the district is (default: zone; --offline: reference)")
+    parser.add_argument(
+        "--size", choices=SIZES, help="how large the district is (default: the run's; --offline: reference)"
+    )
     parser.add_argument("--export", type=Path, metavar="DIR", help="write the district's lists and map layers, and end")
     parser.add_argument("--offline", action="store_true", help="all of the product in one process, at full speed")
     parser.add_argument("--days", type=float, default=2.0, metavar="N", help="with --offline: how long (default: 2)")
@@ -222,7 +224,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     layout = Layout(args.data)
     run = layout.read_run()
-    size: Size = args.size or ("reference" if args.offline else "zone")
+    size: Size = args.size or ("reference" if args.offline else run.size)
     district = build(run.seed if args.seed is None else args.seed, size)
     if args.export is not None:
         from simulators.export import export  # noqa: PLC0415  maps and workbooks: no simulator that runs needs them

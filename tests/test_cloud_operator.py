@@ -34,7 +34,6 @@ from simulators.cloud import (
     Habits,
     Operator,
     PullServer,
-    Wired,
     contract,
     message_of,
     step,
@@ -273,10 +272,13 @@ def served(tmp_path: Path) -> Iterator[tuple[CloudSite, Operator, Callable[[str]
 
 
 class Device:
-    """A device that reports once."""
+    """A sensor that reports once."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def poll(self, now_ms: int) -> list[tuple[Lane, Reading]]:
-        return [(Lane.EVENT, Reading("hyd-1", NOW, {"tilt_deg": 30.0}))]
+        return [(Lane.EVENT, Reading(self._name, NOW, {"tilt_deg": 30.0}))]
 
 
 def test_a_step_hears_the_devices_and_pushes_or_tries_again(
@@ -285,8 +287,7 @@ def test_a_step_hears_the_devices_and_pushes_or_tries_again(
     site, operator, ask = served
     keys = read_keys(site.layout.secrets, site.clouds.operators[NAME])
     client = Client(site.run.host, site.run.cloud_port, keys)
-    source = Wired(Device(), registry())
-    step(operator, [source, Device()], client, site.run)  # nobody listens
+    step(operator, [Device(imei(1)), Device("hyd-1")], client, site.run)  # nobody listens
     kept, _, _ = operator.book.page(0, 10)
     assert [msgspec.json.decode(told)["IMEI"] for told in kept] == [imei(1), "hyd-1"]
     assert ask("").messages == [], "what was told just now is pushed first"

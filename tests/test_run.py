@@ -216,7 +216,7 @@ def test_alive_without_its_proof_is_not_ready(tmp_path: Path, heard: Heard) -> N
 
 
 def asked(**given: object) -> argparse.Namespace:
-    names = ("origin", "speed", "seed", *PORTS, "api_host", "workers")
+    names = ("origin", "speed", "seed", *PORTS, "api_host", "workers", "size", "shards")
     return argparse.Namespace(**{name: given.get(name) for name in names}, prepare=bool(given.get("prepare")))
 
 
