@@ -25,6 +25,7 @@ from streams.runtimes.mqtt import Link
 
 BURST_MESSAGES = 2000
 BURST_S = 0.010
+RECONNECT_S = 20.0  # real seconds: nobody is missed so soon after we listen again: gateways back off up to 8 s [U]
 TICK_MS = 5_000  # platform time
 MAILBOX_S = 0.2
 IDLE_S = 0.1  # how long a quiet loop waits: a signal, a command, a tick or a heartbeat is at most that late
@@ -66,6 +67,7 @@ class IngestProcess:
         self.ingest = Ingest(layout, self.shards, self.counters)
         self.counters.probes.append(self._quarantined)
         self._clock = run.clock
+        self._reconnect_ms = round(RECONNECT_S * 1000 * run.clock.speed)
         self._mailbox = Mailbox(layout.mailbox(name))
         self._topics = [f"cb/v1/{shard}/+/{channel}" for shard in self.shards for channel in CHANNELS]
         self._link = Link(run.host, port, name)
@@ -152,7 +154,7 @@ class IngestProcess:
             return False
         self._link.open(self._topics)
         self._failures = 0
-        self._up_since = self._clock.now_ms()
+        self._up_since = self._clock.now_ms() + self._reconnect_ms
         self.counters.gauges["connected"] = 1
         return True
 
