@@ -166,7 +166,8 @@ class Casework:
         if case["stage"] not in RESPONDING:
             where = self.atlas.locate(subject.place.subject)
             if where.complete and (where.place.lon, where.place.lat) != (case["lon"], case["lat"]):
-                changes |= self._where(subject.place.subject)
+                unit = self.atlas.handler(self._category(subject.category).unit, subject.place.subject)
+                changes |= self._where(subject.place.subject) | {"unit": unit}
         return changes
 
     # --- what the sensors say of it

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from citybrain.clock import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
 from citybrain.model import Device, Lane
 from simulators.causes import LOCAL_MS, Cause
-from simulators.columns import Columns, Event, by_luck, from_events, grid, only
+from simulators.columns import MISSED, Columns, Event, by_luck, from_events, grid, only
 from simulators.district import District
 from simulators.noise import F64, I64, keys, stream, uniforms
 from simulators.noise import bits as noise_bits
@@ -214,7 +214,9 @@ class Lifts:
         stands = stands.take(np.flatnonzero((stands.at >= from_ms) & (stands.at < to_ms)))
         stands = stands.take(np.lexsort((stands.moving, stands.device, stands.at)))
         columns = Columns(Lane.TELEMETRY, self.names, TELEMETRY, stands.device, stands.at, self._values(stands, causes))
-        return columns.rows(by_luck(uniforms(self._luck[columns.device], columns.at)))
+        turned = (columns.at - self._phase_ms[columns.device]) % PERIOD_MS != 0  # told until it is heard
+        missed: F64 = np.where(turned, 0.0, MISSED)
+        return columns.rows(by_luck(uniforms(self._luck[columns.device], columns.at), missed))
 
     def _where(self, trips: Trips, rides: Bools, device: I64, at: I64) -> Stands:
         """Return how lifts stand at times within the trips' slots."""
