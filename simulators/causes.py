@@ -338,7 +338,7 @@ def _burst(dice: random.Random, district: District, centre: str, members: tuple[
     found = [district.devices[member] for member in members]
     wet = [device.id for device in found if device.kind == "hydrant" and "dry_barrel" not in device.tags]
     weak = dice.random() < WEAK_SHARE
-    depth = dice.uniform(0.14, 0.21) if weak else dice.uniform(0.265, 0.295)
+    depth = dice.uniform(0.13, 0.18) if weak else dice.uniform(0.24, 0.27)
     reached = dice.randint(min(6, len(wet)), len(wet)) if weak else dice.randint(4, max(2 * len(wet) // 3, 4))
     distances = sorted(district.pipe_m(centre, member) for member in wet)
     fall = FELT_FALL_MPA if weak else DRY_FALL_MPA
