@@ -80,7 +80,7 @@ KINDS = (
           needs=("pressure_mpa",), without="dry_barrel", warm_reports=14),
     _care("device_dead", "hydrant", (0, 0.7), (12, 90), "device_offline", "sensor-ops"),
     _care("device_dead", "elevator", (1, 0.6), (12, 90), "device_offline", "sensor-ops"),
-    _care("device_dead", "camera", (0, 0.6), (12, 90), "device_offline", "camera-ops"),
+    _care("device_dead", "camera", (0, 0.6), (12, 90), "camera_offline", "camera-ops"),
     _care("device_dead", "pump_room", (0, 0.3), (12, 90), "device_offline", "sensor-ops"),
     _case("mains_burst", "hydrant", (3, 3), (40, 120), "water_main_burst", "water", wide="zone",
           needs=("pressure_mpa",), without="dry_barrel"),
