@@ -80,7 +80,7 @@ KINDS = (
           needs=("pressure_mpa",), without="dry_barrel", warm_reports=14),
     _care("device_dead", "hydrant", (0, 0.7), (12, 90), "device_offline", "sensor-ops"),
     _care("device_dead", "elevator", (1, 0.6), (12, 90), "device_offline", "sensor-ops"),
-    _care("device_dead", "camera", (0, 0.6), (12, 90), "device_offline", "camera-ops"),
+    _care("device_dead", "camera", (0, 0.6), (12, 90), "camera_offline", "camera-ops"),
     _care("device_dead", "pump_room", (0, 0.3), (12, 90), "device_offline", "sensor-ops"),
     _case("mains_burst", "hydrant", (3, 3), (40, 120), "water_main_burst", "water", wide="zone",
           needs=("pressure_mpa",), without="dry_barrel"),
@@ -338,7 +338,7 @@ def _burst(dice: random.Random, district: District, centre: str, members: tuple[
     found = [district.devices[member] for member in members]
     wet = [device.id for device in found if device.kind == "hydrant" and "dry_barrel" not in device.tags]
     weak = dice.random() < WEAK_SHARE
-    depth = dice.uniform(0.14, 0.21) if weak else dice.uniform(0.265, 0.295)
+    depth = dice.uniform(0.13, 0.18) if weak else dice.uniform(0.24, 0.27)
     reached = dice.randint(min(6, len(wet)), len(wet)) if weak else dice.randint(4, max(2 * len(wet) // 3, 4))
     distances = sorted(district.pipe_m(centre, member) for member in wet)
     fall = FELT_FALL_MPA if weak else DRY_FALL_MPA

@@ -37,7 +37,9 @@ STATIC_MPA = 0.30
 ZONE_SPREAD_MPA, HYDRANT_SPREAD_MPA = 0.012, 0.008  # full widths
 RHYTHM_MPA, WANDER_MPA, NOISE_MPA = 0.024, 0.004, 0.005
 WANDER_MS = 15 * MINUTE_MS
+HIGHEST_MPA = 0.34  # at night
 LOWEST_MPA = 0.02  # what stands in the pipe when the main is open
+JET_MPA, JET_M = 0.04, 120.0  # what a burst takes beside it: loss grows with the square of the flow in its own pipe
 EMPTY_MPA = 0.004  # what a dry barrel's sensor says at rest
 BATTERY_NEW_V, BATTERY_OLD_V, BATTERY_LIFE_MS = 3.65, 3.42, 4 * 365 * DAY_MS
 BATTERY_LIMIT_V = 3.2
@@ -173,11 +175,12 @@ class Hydrants:
             effect(self, state, cause, rows, device[rows], at[rows])
 
     def fall_mpa(self, cause: Cause) -> F64:
-        """Return by how much a burst takes each hydrant's pressure down: less with every metre of pipe."""
+        """Return by how much a burst takes the highest pressure down at each hydrant: less with every metre of pipe."""
         found = np.zeros(len(self.names))
         for number in self.touched(cause):
             pipe = self._district.pipe_m(cause.centre, self.names[number])
             found[number] = cause.strength["depth_mpa"] * math.exp(-pipe / cause.strength["reach_m"])
+            found[number] += JET_MPA * math.exp(-pipe / JET_M)
         return found
 
     # --- what is measured -------------------------------------------------------------------------------------------
@@ -380,7 +383,7 @@ Effect = Callable[[Hydrants, State, Cause, I64, I64, I64], None]  # rows of the 
 
 def _burst(group: Hydrants, state: State, cause: Cause, rows: I64, device: I64, at: I64) -> None:
     share = trapezoid(at, cause.start_ms, cause.end_ms, 45 * SECOND_MS, 2 * MINUTE_MS)
-    state.pressure_mpa[rows] -= group.fall_mpa(cause)[device] * share
+    state.pressure_mpa[rows] *= 1.0 - group.fall_mpa(cause)[device] / HIGHEST_MPA * share
 
 
 def _pump_failure(_: Hydrants, state: State, cause: Cause, rows: I64, __: I64, at: I64) -> None:
