@@ -12,7 +12,19 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
-from api.routes import alarms, answers, cases, commands, console, devices, health, platforms
+from api.routes import (
+    alarms,
+    answers,
+    assets,
+    cases,
+    commands,
+    console,
+    devices,
+    health,
+    maintenance,
+    platforms,
+    readings,
+)
 from api.site import Problem, Site
 from citybrain.errors import CityBrainError, NotFound, StorageError, Unavailable
 
@@ -48,7 +60,7 @@ def create_app(site: Site) -> FastAPI:
         responses={422: {"model": answers.Refusal, "description": "a parameter or the body is not as it should be"}},
     )
     app.state.site = site
-    for module in (health, devices, alarms, cases, commands, platforms, console):
+    for module in (health, devices, readings, assets, alarms, cases, maintenance, commands, platforms, console):
         app.include_router(module.router)
     _handle_errors(app, site)
     return app

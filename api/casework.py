@@ -61,7 +61,7 @@ class Casework:
             title_zh=category.zh,
             title_en=category.en,
             urgency="life" if kind == "rescue" else lead.rule.urgency,
-            unit=category.unit,
+            unit=self.atlas.handler(category.unit, subject.place.subject),
             stage="reported",
             owner_system="native" if kind == "maintenance" else "external",
             observed_at=lead.raised_at,
@@ -99,18 +99,24 @@ class Casework:
             "address": place.address,
             "grid": located.grid,
             "street": located.street,
+            "workstation": located.workstation,
+            "community": located.community,
+            "road": place.road,
+            "road_chief": located.road_chief,
             "area_owner": located.area_owner,
         }
 
     # --- changing
 
-    def move(self, id: int, moved: Moved, actor: str = "desk", **values: Any) -> None:
-        """Take a step of a case's life and note it; `values` are further columns."""
+    def move(
+        self, id: int, moved: Moved, actor: str = "desk", *, details: Mapping[str, Any] | None = None, **values: Any
+    ) -> None:
+        """Take a step of a case's life and note it with `details`; `values` are further columns."""
         if moved.after in FINISHED:
             values["closed_at"] = self.now_ms
             self.ledger.counts["closed"] += 1
         self.ledger.set(cases, id, stage=moved.after, **values)
-        self.ledger.note(self.now_ms, "case", id, moved, actor)
+        self.ledger.note(self.now_ms, "case", id, moved, actor, **(details or {}))
 
     def native(self, incident: int, event: str) -> None:
         """Move an incident's maintenance order, where it has one and the event means something to it."""
@@ -152,7 +158,7 @@ class Casework:
                 "code": class_code.code,
                 "title_zh": category.zh,
                 "title_en": category.en,
-                "unit": category.unit,
+                "unit": self.atlas.handler(category.unit, subject.place.subject),
                 "deadline": min(case["deadline"], deadline(self.now_ms, category.clock, self.config.calendar)),
             }
         elif case["category"] != subject.category:
@@ -160,7 +166,8 @@ class Casework:
         if case["stage"] not in RESPONDING:
             where = self.atlas.locate(subject.place.subject)
             if where.complete and (where.place.lon, where.place.lat) != (case["lon"], case["lat"]):
-                changes |= self._where(subject.place.subject)
+                unit = self.atlas.handler(self._category(subject.category).unit, subject.place.subject)
+                changes |= self._where(subject.place.subject) | {"unit": unit}
         return changes
 
     # --- what the sensors say of it

@@ -6,11 +6,12 @@ an end goes the same way back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
+from api.assets.store import Shelf
 from api.cases.cases import FINISHED
 from api.cases.places import Atlas
 from api.casework import CaseConfig, Casework, evidence_line
@@ -27,13 +28,15 @@ from streams.ruleset import Rule
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """What decisions are made with, besides their inputs."""
+    """What decisions are made with, besides their inputs. `content` returns a blob by its hash."""
 
     rulebook: Rulebook
     atlas: Atlas
     categories: Mapping[str, Category]
     cases: CaseConfig
     quiet_ms: int
+    shelf: Shelf
+    content: Callable[[str], bytes]
 
 
 class Clerk:
@@ -67,7 +70,10 @@ class Clerk:
 
     def _raised(self, rule: Rule, transition: Transition) -> None:
         change = alarm_life.decide("new", "raise", self._facts(rule), self.now_ms, self.setting.quiet_ms)
-        incident, why = self._incident_for(rule, transition)
+        on_trial = self.setting.atlas.on_trial(transition.subject)
+        incident, why = (
+            (None, "on_trial") if on_trial else self._incident_for(rule, transition.subject, transition.at_ms)
+        )
         values = {
             "rule": rule.id,
             "subject": transition.subject,
@@ -84,18 +90,30 @@ class Clerk:
         id = self.ledger.add(alarms, state=change.moved.after, open=1, **values)
         self.ledger.counts["alarms"] += 1
         self._note("alarm", id, change.moved, incident=incident)
-        self._note("incident", incident, Moved("", "joined", "", why), alarm=id, subject=transition.subject)
+        if incident is not None:
+            self._joined(incident, why, rule, id, transition.subject, transition.at_ms)
+
+    def _joined(self, incident: int, why: str, rule: Rule, alarm: int, subject: str, at_ms: int) -> None:
+        self._note("incident", incident, Moved("", "joined", "", why), alarm=alarm, subject=subject)
         row = self._incident(incident)
-        self._touch(row, rule, transition.at_ms)
+        self._touch(row, rule, at_ms)
         if is_rescue(rule):
-            self._rescue(row, id)
+            self._rescue(row, alarm)
         self.review(incident)
 
-    def _incident_for(self, rule: Rule, transition: Transition) -> tuple[int, str]:
-        subject, cause = transition.subject, rule.correlate.cause
+    def trial_passed(self, subject: str) -> None:
+        """Take the alarms that a device raised on trial and that still hold as if they were raised now."""
+        for row in self.ledger.trial_alarms(subject):
+            rule = self.setting.rulebook.get(row["ruleset"], row["rule"])
+            incident, why = self._incident_for(rule, subject, row["last_at"])
+            self.ledger.set(alarms, row["id"], incident=incident, why=why)
+            self._joined(incident, why, rule, row["id"], subject, row["last_at"])
+
+    def _incident_for(self, rule: Rule, subject: str, at_ms: int) -> tuple[int, str]:
+        cause = rule.correlate.cause
         by, key = incident_life.key_of(rule, subject, self.setting.atlas.device(subject))
         candidates = self.ledger.candidates(cause, key, subject)
-        joined = incident_life.correlate(rule, key, by, transition.at_ms, candidates)
+        joined = incident_life.correlate(rule, key, by, at_ms, candidates)
         if joined.incident is not None:
             return joined.incident, joined.why
         moved = INCIDENT.move("new", incident_life.opening(rule))
@@ -109,8 +127,8 @@ class Clerk:
             key=key,
             urgency=rule.urgency,
             opened_at=self.now_ms,
-            first_at=transition.at_ms,
-            last_at=transition.at_ms,
+            first_at=at_ms,
+            last_at=at_ms,
         )
         self.ledger.counts["incidents"] += 1
         self._note("incident", id, moved)
@@ -137,6 +155,10 @@ class Clerk:
             **_raise_columns(transition),
         )
         self._note("alarm", alarm["id"], change.moved, count=alarm["count"] + 1)
+        if alarm["incident"] is None:  # raised on trial
+            if not self.setting.atlas.on_trial(transition.subject):
+                self.trial_passed(transition.subject)
+            return
         incident = self._incident(alarm["incident"])
         rescue = self.ledger.rescue_of(alarm["id"])
         if rescue is not None and came_back:
@@ -155,8 +177,8 @@ class Clerk:
         self.casework.native(incident, "came_back")
 
     def _cleared(self, rule: Rule, alarm: Row, transition: Transition) -> None:
-        incident = self._incident(alarm["incident"])
-        facts = self._facts(rule, settled=self._settled(alarm, incident))
+        incident = self._incident(alarm["incident"]) if alarm["incident"] is not None else None
+        facts = self._facts(rule, settled=incident is not None and self._settled(alarm, incident))
         change = alarm_life.decide(
             alarm["state"], "clear", facts, self.now_ms, self.setting.quiet_ms, due_at=alarm["due_at"]
         )
@@ -176,7 +198,7 @@ class Clerk:
         rescue = self.ledger.rescue_of(alarm["id"])
         if rescue is not None:
             self.casework.rescued(rescue, transition.at_ms, "sensors_are_normal")
-        if incident["open"]:
+        if incident is not None and incident["open"]:
             self._ended(incident["id"])
             self.review(incident["id"])
 

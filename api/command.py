@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from api.app import create_app
+from api.disk import DiskWatch
 from api.readings import Latest
 from api.site import Site
 from citybrain.cli import Subcommand, emit
@@ -52,9 +53,10 @@ def listen(host: str, port: int) -> socket.socket:
 class Background(threading.Thread):
     """Follows the log and publishes the heartbeat, until `stop` is set."""
 
-    def __init__(self, latest: Latest, counters: Counters, stop: threading.Event) -> None:
+    def __init__(self, latest: Latest, disk: DiskWatch, counters: Counters, stop: threading.Event) -> None:
         super().__init__(name="follow", daemon=True)
         self._latest = latest
+        self._disk = disk
         self._counters = counters
         self._stop_event = stop
 
@@ -63,6 +65,7 @@ class Background(threading.Thread):
         while not self._stop_event.is_set():
             taken = self._guarded(self._latest.follow)
             self._counters.publish()
+            self._guarded(self._disk.look)
             if not taken:
                 wait_s(FOLLOW_S, self._stop_event)
 
@@ -84,14 +87,15 @@ def serve(layout: Layout) -> None:
     counters.resume()
     with listen(run.api_host, run.api_port) as taken:
         latest = Latest(layout, run.shards, counters)
-        app = create_app(Site(layout, run, latest, counters))
+        site = Site(layout, run, latest, counters)
+        app = create_app(site)
         server = Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_S, ws="none")
         )
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        background = Background(latest, counters, stop)
+        background = Background(latest, site.disk, counters, stop)
         background.start()
         try:
             server.run(sockets=[taken])

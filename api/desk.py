@@ -15,6 +15,8 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Engine, and_, func, select, union_all
 
+from api.assets.book import registry_of
+from api.assets.store import Shelf
 from api.cases.clocks import Calendar, load_calendar
 from api.cases.places import Atlas
 from api.casework import CaseConfig
@@ -26,7 +28,7 @@ from api.rulebook import Rulebook
 from citybrain.clock import MINUTE_MS
 from citybrain.counters import Counters
 from citybrain.db.migrations import upgrade
-from citybrain.db.schema import alarms, cases, consumed, incidents, journal, meta, outbox
+from citybrain.db.schema import alarms, asked, cases, consumed, incidents, journal, meta, outbox
 from citybrain.db.store import writing
 from citybrain.errors import ConfigError, StorageError, TransitionError
 from citybrain.layout import Layout
@@ -36,7 +38,7 @@ from citybrain.segments import Record
 from rules.categories import Category
 from streams.log import Kind, decode_transition
 from streams.logs import LogReader, LogStore, SegmentStore, records
-from streams.registry import decode_registry
+from streams.registry import decode_registry, encode_registry
 
 EDITIONS = ("GB/T 47678.5-2026", "GB/T 30428.2", "CJ/T 214")
 
@@ -60,7 +62,7 @@ DEFAULTS = DeskConfig()
 class Input(msgspec.Struct, frozen=True):
     """One thing the desk takes: a row of its journal, and the record or command behind it."""
 
-    source: str  # registry | transition | command | timer | delivery
+    source: str  # registry | transition | command | timer | delivery | asked
     body: str | None = None
     shard: int | None = None
     offset: int | None = None
@@ -93,8 +95,12 @@ class Desk:
         self.config = config
         self.counters = counters or Counters("desk")
         self.logs = logs or SegmentStore(layout)
+        self.taken: list[int] = []  # when the transitions of the last step had been received
+        self.delivered: list[int] = []  # when the messages had been made that it noted as delivered
         self._mailbox = Mailbox(layout.mailbox("desk"))
+        self._ingest = Mailbox(layout.mailbox("ingest"))
         self._rulebook = Rulebook(layout)
+        self._shelf = Shelf(self.shards)
         self._cases = CaseConfig(config.editions, Calendar(0, ()))
         self._atlas = Atlas(Registry((), ()))
         self._readers: dict[int, LogReader] = {}
@@ -103,6 +109,7 @@ class Desk:
         self._names: dict[int, tuple[int, int]] = {}  # per shard (source, index) of the last transition
         self._next_due: int | None = None
         self._next_delivery: int | None = None
+        self._asking = False  # whether something waits to be asked of ingest
 
     def start(self) -> None:
         """Bring the schema up to date and find out where it stopped; raises StorageError, ConfigError, NotFound."""
@@ -112,6 +119,7 @@ class Desk:
 
     def resume(self) -> None:
         """Go on from what is committed; also after a transaction that failed."""
+        self._shelf.forget()
         with self.store.connect() as connection:
             rows = {row["shard"]: row for row in connection.execute(select(consumed)).mappings()}
             registry = connection.execute(select(meta.c.value).where(meta.c.key == "registry")).scalar()
@@ -161,14 +169,16 @@ class Desk:
             if one.mail:
                 self._mailbox.done(one.mail)
         self._publish(ledger)
+        self.taken = [one.record.received_at for one in inputs if one.record is not None]
+        self.delivered = ledger.delivered
         return taken
 
     def _gather(self) -> tuple[list[Input], bool]:
         """Return the inputs there are, and whether the transition logs have been read to their ends."""
         registry = self._registry()
         if not registry and not self._atlas.name:
-            return [], False  # nothing can be placed yet
-        inputs, caught_up = [*registry, *self._deliveries(), *self._commands()], True
+            return [*self._asked(), *self._commands()], False  # nothing can be placed yet; the ledger may come
+        inputs, caught_up = [*registry, *self._asked(), *self._deliveries(), *self._commands()], True
         for shard in self.shards:
             waiting = self._waiting[shard]
             if len(waiting) < self.config.batch:
@@ -186,6 +196,28 @@ class Desk:
 
     def _deliveries(self) -> list[Input]:
         return [Input("delivery", text(result)) for result in list(self._results)[: self.config.batch]]
+
+    def _asked(self) -> list[Input]:
+        """Put what ingest is to write into its mailbox, and return that this was done; a repeat has the same name.
+
+        Of several registries the newest is enough, and it is made here, not where each change is decided.
+        """
+        if not self._asking:
+            return []
+        with self.store.connect() as connection:
+            waiting = select(asked).where(asked.c.done == 0).order_by(asked.c.id).limit(self.config.batch)
+            rows = connection.execute(waiting).mappings().all()
+            newest = max((row["id"] for row in rows if row["kind"] == "registry"), default=0)
+            book = self._shelf.book(connection, self._atlas.registry, 0) if newest else None
+        for row in rows:
+            body = msgspec.json.decode(row["body"])
+            if row["id"] == newest and book is not None:
+                body = {"content": self.layout.put_blob(encode_registry(registry_of(book)))}
+            elif row["kind"] == "registry":
+                continue
+            made = Command(f"ledger-{row['id']:09d}", row["kind"], row["actor"], row["at"], body, row["reason"])
+            self._ingest.put(made)
+        return [Input("asked", text({"ids": [row["id"] for row in rows]}))]
 
     def _commands(self) -> list[Input]:
         items, broken = self._mailbox.take(self.config.batch)
@@ -221,12 +253,23 @@ class Desk:
             clerk.timer(body["entity"], body["id"])
         elif one.source == "delivery":
             self._delivered(ledger, msgspec.convert(body, Attempt), now_ms)
+        elif one.source == "asked":
+            for id in body["ids"]:
+                ledger.set(asked, id, done=1)
         else:
-            self._adopt(ledger, body["registry"])
+            self._adopt(clerk, body["registry"])
         ledger.record(now_ms, one.source, one.shard, one.offset, one.body)
 
     def _setting(self) -> Setting:
-        return Setting(self._rulebook, self._atlas, self.categories, self._cases, self.config.quiet_ms)
+        return Setting(
+            self._rulebook,
+            self._atlas,
+            self.categories,
+            self._cases,
+            self.config.quiet_ms,
+            self._shelf,
+            self.layout.get_blob,
+        )
 
     def _transition(self, clerk: Clerk, one: Input) -> None:
         ledger, record, shard = clerk.ledger, one.record, one.shard
@@ -261,9 +304,18 @@ class Desk:
             clerk.ledger.drops["undecided_transition"] += 1
             clerk.ledger.warnings.append(f"{transition.rule} of {transition.subject} at {transition.at_ms}: {error}")
 
-    def _adopt(self, ledger: Ledger, name: str) -> None:
-        self._atlas = self._read_atlas(name)
-        ledger.keep("registry", name)
+    def _adopt(self, clerk: Clerk, name: str) -> None:
+        """Place what comes by another registry; alarms of devices whose trial is over are judged as if raised now."""
+        before, self._atlas = self._atlas, self._read_atlas(name)
+        clerk.ledger.keep("registry", name)
+        passed = sorted(
+            id
+            for id, device in before.devices.items()
+            if device.mode == "commissioning" and id in self._atlas.devices and not self._atlas.on_trial(id)
+        )
+        serving = Clerk(clerk.ledger, self._setting(), clerk.now_ms)
+        for subject in passed:
+            serving.trial_passed(subject)
 
     def _delivered(self, ledger: Ledger, result: Attempt, now_ms: int) -> None:
         row = ledger.get(outbox, result.id)
@@ -279,6 +331,8 @@ class Desk:
             delivered_at=now_ms if done else None,
             last_error=result.error,
         )
+        if done:
+            ledger.delivered.append(row["created_at"])
         ledger.counts["delivered" if done else f"delivery_{result.outcome}"] += 1
         if result.outcome == "dead":
             ledger.warnings.append(f"message {result.id}: given up: {result.error}")
@@ -307,6 +361,7 @@ class Desk:
         """Remember when a timer and a delivery are due, so that an idle step costs no query."""
         times = union_all(select(func.min(alarms.c.due_at)), select(func.min(incidents.c.due_at)))
         self._next_due = min((at for at in connection.execute(times).scalars() if at is not None), default=None)
+        self._asking = connection.execute(select(func.min(asked.c.id)).where(asked.c.done == 0)).scalar() is not None
         waiting = select(func.min(outbox.c.next_at)).where(outbox.c.state == "pending")
         self._next_delivery = connection.execute(waiting).scalar()
 
@@ -326,9 +381,12 @@ class Desk:
             "cases_open": select(func.count()).where(cases.c.closed_at.is_(None)),
             "messages_waiting": select(func.count()).where(outbox.c.state == "pending"),
         }
+        waiting_since = select(func.min(outbox.c.created_at)).where(outbox.c.state == "pending")
         with self.store.connect() as connection:
             for name, query in counted.items():
                 self.counters.gauges[name] = float(connection.execute(query).scalar_one())
+            made_at = connection.execute(waiting_since).scalar()
+        self.counters.gauges["outbox_age_s"] = max(0.0, (now_ms - made_at) / 1000) if made_at is not None else 0.0
         oldest = min((waiting[0].received_at for waiting in self._waiting.values() if waiting), default=None)
         self.counters.gauges["lag_s"] = max(0.0, (now_ms - oldest) / 1000) if oldest is not None else 0.0
 

@@ -54,17 +54,28 @@ class Loop:
         """Take what is there, hand over what is due; return how many inputs were taken."""
         now_ms = self.run.clock.now_ms()
         if self.deliverer is None:
-            return self.desk.step(now_ms)
+            return self._step(now_ms)
         results = self.deliverer.results()
         self.desk.accept(results)
         if results:
             self._note(sum(result.outcome == "delivered" for result in results), results[-1].error)
             self._unwritten += [result.id for result in results]
-        taken = self.desk.step(now_ms)
+        taken = self._step(now_ms)
         if self._unwritten:
             self.deliverer.written([id for id in self._unwritten if not self.desk.holds(id)])
             self._unwritten = [id for id in self._unwritten if self.desk.holds(id)]
         self.deliverer.offer(self.desk.due(real_unix_ms()))
+        return taken
+
+    def _step(self, now_ms: int) -> int:
+        """Take a step, and count how long what it took had waited since ingest received it, or since it was made."""
+        taken = self.desk.step(now_ms)
+        if taken:
+            clock = self.run.clock
+            now_ms = clock.now_ms()
+            for name, times in (("lag_s", self.desk.taken), ("outbox_s", self.desk.delivered)):
+                for at_ms in times:
+                    self.counters.delayed(name, clock.real_s(now_ms - at_ms))
         return taken
 
     def _note(self, delivered: int, error: str | None) -> None:

@@ -7,11 +7,12 @@ A command is looked at whole before anything is written, so a refusal has no eff
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from api.cases.cases import FINISHED, judged, mirror, parse_stage
+from api.assets import office
+from api.cases.cases import CASE, FINISHED, judged, mirror, parse_stage
 from api.clerk import Clerk
 from api.ledger import Row
 from citybrain.db.schema import alarms, cases, incidents
@@ -33,6 +34,16 @@ class _Incident(msgspec.Struct, frozen=True):
 
 class _Case(msgspec.Struct, frozen=True):
     case: str
+
+
+class _Done(msgspec.Struct, frozen=True):
+    case: str
+    work: str
+
+
+class _Reassign(msgspec.Struct, frozen=True):
+    case: str
+    unit: str
 
 
 class _Progress(msgspec.Struct, frozen=True):
@@ -150,6 +161,64 @@ def _rescued(clerk: Clerk, command: Command) -> str:
     return f"case {case['number']}: rescued"
 
 
+# --- the contractors' maintenance orders -------------------------------------------------------------------------
+
+
+def _take(clerk: Clerk, command: Command) -> str:
+    order = _order(clerk, _body(command, _Case).case)
+    clerk.casework.move(order["id"], CASE.move(order["stage"], "take", "native"), command.actor, details=_why(command))
+    return f"case {order['number']}: taken"
+
+
+def _done(clerk: Clerk, command: Command) -> str:
+    body = _body(command, _Done)
+    order = _order(clerk, body.case)
+    if not body.work.strip():
+        raise UsageError(f"case {order['number']}: say what was done")
+    moved = CASE.move(order["stage"], "done", "native")
+    clerk.casework.move(order["id"], moved, command.actor, details={"work": body.work, **_why(command)})
+    if moved.after in FINISHED:
+        clerk.case_ended(order, None)
+        return f"case {order['number']}: done, and its device is well: {moved.after}"
+    return f"case {order['number']}: done; it closes when its device is well"
+
+
+def _not_needed(clerk: Clerk, command: Command) -> str:
+    order = _order(clerk, _body(command, _Case).case)
+    if not command.reason.strip():
+        raise UsageError(f"case {order['number']}: that nothing is needed needs a reason")
+    moved = CASE.move(order["stage"], "not_needed", "native")
+    clerk.casework.move(order["id"], moved, command.actor, details=_why(command), verdict_reason=command.reason)
+    clerk.case_ended(order, None)
+    return f"case {order['number']}: not needed"
+
+
+def _reassign(clerk: Clerk, command: Command) -> str:
+    body = _body(command, _Reassign)
+    order = _order(clerk, body.case)
+    if body.unit not in clerk.setting.atlas.units:
+        raise NotFound(f"unit {body.unit[:40]!r}: not in the registry")
+    if body.unit == order["unit"]:
+        raise TransitionError(f"case {order['number']}: {body.unit} has it already")
+    if not command.reason.strip():
+        raise UsageError(f"case {order['number']}: giving it to another needs a reason")
+    moved = CASE.move(order["stage"], "reassign", "native")
+    details = {"unit": [order["unit"], body.unit], **_why(command)}
+    clerk.casework.move(order["id"], moved, command.actor, details=details, unit=body.unit)
+    return f"case {order['number']}: given to {body.unit}"
+
+
+def _order(clerk: Clerk, number: str) -> Row:
+    case = _case(clerk, number)
+    if case["kind"] != "maintenance":
+        raise TransitionError(f"case {case['number']}: it is a {case['kind']}, and belongs to {case['owner_system']}")
+    return case
+
+
+def _why(command: Command) -> dict[str, str]:
+    return {"why": command.reason} if command.reason else {}
+
+
 # --- the grid platform ------------------------------------------------------------------------------------------
 
 
@@ -179,7 +248,7 @@ def _verdict(clerk: Clerk, command: Command) -> str:
     else:
         moved = judged(case["stage"], case["owner_system"], body.verdict, to)
     _external_id(clerk, case, body.external_id)
-    columns = {"verdict": body.verdict, "verdict_reason": command.reason}
+    columns: dict[str, Any] = {"verdict": body.verdict, "verdict_reason": command.reason}
     if moved is None:
         clerk.ledger.set(cases, case["id"], **columns)
     else:
@@ -208,6 +277,11 @@ HANDLERS: dict[str, Handler] = {
     "confirm": _confirm,
     "reject": _reject,
     "rescued": _rescued,
+    "take": _take,
+    "done": _done,
+    "not_needed": _not_needed,
+    "reassign": _reassign,
     "progress": _progress,
     "verdict": _verdict,
+    **office.HANDLERS,
 }

@@ -70,6 +70,14 @@ def _row(table: Table, *keys: str) -> ClauseElement:
 _OPEN_ALARM = select(alarms).where(
     alarms.c.rule == bindparam("rule"), alarms.c.subject == bindparam("subject"), alarms.c.open == 1
 )
+_TRIAL_ALARMS = (
+    select(alarms)
+    .where(alarms.c.subject == bindparam("subject"), alarms.c.incident.is_(None), alarms.c.active == 1)
+    .order_by(alarms.c.id)
+)
+_LIFE_ALARM = select(alarms).where(
+    alarms.c.subject == bindparam("subject"), alarms.c.urgency == "life", alarms.c.active == 1
+)
 _MEMBERS = select(alarms).where(alarms.c.incident == bindparam("incident")).order_by(alarms.c.id)
 _ANY_ACTIVE = select(alarms.c.id).where(alarms.c.incident == bindparam("incident"), alarms.c.active == 1).limit(1)
 _CANDIDATES = (
@@ -112,6 +120,7 @@ class Ledger:
         self.counts: Counter[str] = Counter()
         self.drops: Counter[str] = Counter()
         self.warnings: list[str] = []
+        self.delivered: list[int] = []  # when the messages were made that have been delivered
 
     def _run(self, statement: ClauseElement, values: Mapping[str, Any]) -> Any:
         """Send a statement straight to the database's driver; return its cursor."""
@@ -145,6 +154,10 @@ class Ledger:
     def get(self, table: Table, id: int | str) -> Row | None:
         """Return a row by id."""
         return self._one(_row(table, "id"), _id=id)
+
+    def row(self, table: Table, column: str, value: int | str) -> Row | None:
+        """Return the row whose `column` is `value`."""
+        return self._one(_row(table, column), **{f"_{column}": value})
 
     def note(self, at: int, entity: str, id: int, moved: Moved, actor: str = "desk", /, **details: Any) -> None:
         """Write a line of an entity's timeline: what happened, why, on whose behalf."""
@@ -193,6 +206,14 @@ class Ledger:
     def members(self, incident: int) -> list[Row]:
         """Return all alarms of an incident, in their order."""
         return self._all(_MEMBERS, incident=incident)
+
+    def trial_alarms(self, subject: str) -> list[Row]:
+        """Return the alarms that hold and that a device raised while it was on trial: no incident has them."""
+        return self._all(_TRIAL_ALARMS, subject=subject)
+
+    def life_alarm(self, subject: str) -> Row | None:
+        """Return a life-safety alarm of a device that holds now."""
+        return self._one(_LIFE_ALARM, subject=subject)
 
     def any_active(self, incident: int) -> bool:
         """Return whether an alarm of an incident still holds."""

@@ -6,19 +6,23 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, HTTPException, Request
 from sqlalchemy import Connection, Engine
 
+from api.disk import DiskWatch
 from api.readings import Latest
-from citybrain.clock import Clock
+from citybrain.clock import Clock, real_unix_ms
 from citybrain.counters import Counters, Heartbeat, read_heartbeats, takes_of
 from citybrain.db.store import open_store
 from citybrain.errors import CityBrainError
 from citybrain.layout import Layout, Run
 from citybrain.mailbox import Mailbox
 from streams.ruleset import Rule, decode_ruleset
+
+if TYPE_CHECKING:
+    from streams.history.query import History
 
 PIPELINE = ("ingest", "worker", "desk")  # without each of these no reading becomes a case
 MANY_RULESETS = 64
@@ -56,10 +60,12 @@ class Site:
         self.counters = counters
         self.desk = Mailbox(layout.mailbox("desk"))
         self.ingest = Mailbox(layout.mailbox("ingest"))
+        self.disk = DiskWatch(layout.root)
         self.intake = threading.Lock()  # one verdict at a time: "is it known" and "store it" belong together
         self._engine: Engine | None = None
         self._opening = threading.Lock()
         self._rules: dict[str, Mapping[str, Rule]] = {}
+        self._history: History | None = None
 
     @contextlib.contextmanager
     def database(self) -> Iterator[Connection]:
@@ -72,9 +78,20 @@ class Site:
         with self._engine.connect() as connection:
             yield connection
 
+    @property
+    def history(self) -> History:
+        """Charts and exports; what they need is loaded by the first who asks."""
+        with self._opening:
+            if self._history is None:
+                from streams.history.query import History  # noqa: PLC0415  60 MB
+
+                self._history = History(self.layout, self.run.shards)
+        return self._history
+
     def heartbeats(self) -> dict[str, Heartbeat]:
-        """Return the last heartbeat of every process that ever said something, by its name."""
-        return {beat.process: beat for beat in read_heartbeats(self.layout.run)}
+        """Return the last heartbeat of every process of this run that ever said something, by its name."""
+        beats = {beat.process: beat for beat in read_heartbeats(self.layout.run)}
+        return of_this_run(beats, real_unix_ms(), self.run.shards)
 
     def rule(self, ruleset: str, rule: str) -> Rule | None:
         """Return a rule as it was in the rule set that decided, None where that can no longer be read."""
@@ -92,6 +109,31 @@ class Site:
     def close(self) -> None:
         if self._engine is not None:
             self._engine.dispose()
+
+
+def role_of(process: str) -> str:
+    """Return what a process does, whichever of several it is.
+
+    >>> role_of("worker-1"), role_of("desk")
+    ('worker', 'desk')
+    """
+    return takes_of(process, 0)[0]
+
+
+def of_this_run(beats: Mapping[str, Heartbeat], now_ms: int, shards: int) -> dict[str, Heartbeat]:
+    """Leave out what earlier runs left behind: another division of the shards, and parts nobody supervises now."""
+    run = beats.get("run")
+    known = run.details.get("parts") if run is not None and run.live(now_ms) else None
+    found = {}
+    for name, beat in beats.items():
+        role = role_of(name)
+        if role in PIPELINE:
+            ours = beat in in_force(beats, role, shards)
+        else:
+            ours = known is None or name in ("run", *known) or beat.live(now_ms)
+        if ours:
+            found[name] = beat
+    return found
 
 
 def not_live(beats: Mapping[str, Heartbeat], now_ms: int, shards: int) -> list[str]:
@@ -128,14 +170,14 @@ def in_force(beats: Mapping[str, Heartbeat], role: str, shards: int) -> list[Hea
 
 def ready(beat: Heartbeat) -> bool:
     """Return whether a process does its work: ingest while the broker has it, worker and desk once they measure lag."""
-    role, _ = takes_of(beat.process, 0)
+    role = role_of(beat.process)
     if role == "ingest":
         return beat.gauges.get("connected", 0.0) >= 1.0
     return role not in PIPELINE or "lag_s" in beat.gauges
 
 
 def _why(beat: Heartbeat) -> str:
-    return "not connected to the broker" if takes_of(beat.process, 0)[0] == "ingest" else "starting"
+    return "not connected to the broker" if role_of(beat.process) == "ingest" else "starting"
 
 
 def _site(request: Request) -> Site:

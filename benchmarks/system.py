@@ -28,7 +28,12 @@ class System:
         """Start it; return the seconds until `citybrain status` said that it is live."""
         argv = [sys.executable, "-m", "citybrain", *self._arguments]
         self.process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, start_new_session=True)
-        return self.wait_for(lambda: self.status() is not None, 120, "live")
+        return self.wait_for(self._is_live, 120, "live")
+
+    def _is_live(self) -> bool:
+        if self.process is not None and self.process.poll() is not None:
+            raise SystemExit(f"`citybrain {' '.join(self._arguments)}` ended with {self.process.returncode}")
+        return self.status() is not None
 
     def status(self) -> dict[str, Any] | None:
         """Return what `citybrain status --json` says, None where the system is not live."""

@@ -38,6 +38,10 @@ class RunClock(msgspec.Struct, frozen=True):
     def now_ms(self) -> int:
         return self.origin_ms + int((real_unix_ms() - self.started_ms) * self.speed)
 
+    def real_s(self, platform_ms: int) -> float:
+        """Return how many real seconds that much platform time takes."""
+        return platform_ms / SECOND_MS / self.speed
+
 
 class ManualClock:
     """A clock that only moves when told; for offline runs and tests."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -16,8 +17,8 @@ from citybrain.wire import crc32c
 class Run(msgspec.Struct, frozen=True):
     """One run: its clock, shards, and the loopback addresses of its services.
 
-    `workers`: how many engines share the shards. `api_host` is where the API listens: another address than loopback
-    only inside a container's own network.
+    `workers`: how many engines share the shards. `size`: how large the simulated district is. `api_host` is where the
+    API listens: another address than loopback only inside a container's own network.
     """
 
     clock: RunClock
@@ -26,9 +27,12 @@ class Run(msgspec.Struct, frozen=True):
     mqtt_port: int = 1883
     api_port: int = 8080
     platform_port: int = 8090
+    cloud_port: int = 8070  # where operators' clouds push
+    operator_port: int = 8091  # where the simulated operator is asked
     seed: int = 7
     api_host: str = "127.0.0.1"
     workers: int = 1
+    size: Literal["zone", "reference"] = "zone"
 
 
 class Active(msgspec.Struct, frozen=True):
@@ -58,6 +62,10 @@ class Layout(msgspec.Struct, frozen=True):
     @property
     def blobs(self) -> Path:
         return self.root / "blobs"
+
+    @property
+    def clouds(self) -> Path:
+        return self.root / "clouds"
 
     @property
     def database(self) -> Path:

@@ -118,6 +118,7 @@ class Writer:
         self.next_offset = 0
         self.committed = 0
         self.segment = 0  # first offset of the segment that is written to
+        self._mark = folder / "committed"
         self._files = files
         self._segment_bytes = segment_bytes
         self._handle: Handle | None = None
@@ -135,7 +136,7 @@ class Writer:
         else:
             self._open(first)
         self.committed = self.next_offset
-        self._files.mark(self.folder / "committed", self.committed)
+        self._files.mark(self._mark, self.committed)
 
     def _recover(self, first: int) -> int:
         path = self.folder / segment_name(first)
@@ -214,7 +215,7 @@ class Writer:
         self._size += len(data)
         self.committed = self.next_offset
         with contextlib.suppress(DiskFull):  # all is synced: readers only learn of it with a later mark
-            self._files.mark(self.folder / "committed", self.committed)
+            self._files.mark(self._mark, self.committed)
         return self.committed
 
     def roll(self) -> None:

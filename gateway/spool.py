@@ -69,6 +69,7 @@ class _Store:
         self.files = files
         self.writer = Writer(folder, files, segment_bytes)
         self.floor = 1
+        self._mark = folder / "floor"
         self.firsts: list[int] = []  # the segments on disk, by their first seq
         self.pending: list[_Pending] = []  # appended, not yet committed
         self._recent: dict[int, bytes] = {}
@@ -89,8 +90,8 @@ class _Store:
         self.writer.start(1)
         self.firsts = segments(self.files, self.folder)
         gone = empty or self.committed < marked
-        self.floor = min(max(self.files.marked(self.folder / "floor"), self.firsts[0], 1), self.committed)
-        self.files.mark(self.folder / "floor", self.floor)
+        self.floor = min(max(self.files.marked(self._mark), self.firsts[0], 1), self.committed)
+        self.files.mark(self._mark, self.floor)
         return gone
 
     def append(self, message: _Pending) -> int:
@@ -180,7 +181,7 @@ class _Store:
     def raise_floor(self, floor: int) -> int:
         """Free what is below `floor`, which must not exceed what is committed; return the bytes freed on disk."""
         self.floor = max(self.floor, floor)
-        self.files.mark(self.folder / "floor", self.floor)
+        self.files.mark(self._mark, self.floor)
         for seq in list(takewhile(lambda seq: seq < self.floor, self._recent)):
             self._forget(seq)
         before, freed = len(self.firsts), 0
@@ -211,7 +212,8 @@ class Spool:
     """A gateway's messages by lane. Call `start` first; nothing is safe, or readable, before `commit` returned.
 
     `limit_bytes` bounds the segments of all lanes together: beyond it, and on a full disk, the oldest segments go,
-    telemetry before event, counted as `lost_total{reason=evicted}`.
+    telemetry before event, counted as `lost_total{reason=evicted}`. Not so where `evicts` is false, because whoever
+    gave us readings was told that they are safe: then nothing goes, and he must ask `full` before he takes more.
     """
 
     def __init__(
@@ -224,6 +226,7 @@ class Spool:
         *,
         counters: Counters | None = None,
         draw_epoch: Callable[[], int] = random_epoch,
+        evicts: bool = True,
     ) -> None:
         self.folder = folder
         self.serial = serial
@@ -235,6 +238,7 @@ class Spool:
         self.resumed = dict.fromkeys(Lane, 0)  # highest seq that an earlier process may have sent in this epoch
         self._files = files
         self._draw_epoch = draw_epoch
+        self._evicts = evicts
         self._bytes = 0
         part = min(segment_bytes, max(limit_bytes // 8, 1))  # so that evicting one never empties the spool
         self._stores = {lane: _Store(folder / lane.topic, files, part) for lane in Lane}
@@ -331,6 +335,14 @@ class Spool:
                     self._split(lane, readings, at_ms, "oversized", f"{len(body)} bytes, at most {MAX_BODY} fit")
         return store.writer.next_offset - 1
 
+    def append_body(self, lane: Lane, body: bytes, readings: int, at_ms: int) -> int:
+        """Number a columns body that is already packed as one message; return its seq. Raises ValueError: too large."""
+        if len(body) > MAX_BODY:
+            raise ValueError(f"a body of {len(body)} bytes, at most {MAX_BODY} fit in a message")
+        store = self._stores[lane]
+        store.append(_Pending(at_ms, body, readings))
+        return store.writer.next_offset - 1
+
     def _split(self, lane: Lane, readings: Sequence[Reading], at_ms: int, reason: str, what: str) -> None:
         if len(readings) == 1:
             self.counters.drop(reason)
@@ -370,6 +382,8 @@ class Spool:
 
     def _evict(self) -> bool:
         """Drop the oldest segment, of telemetry as long as there is one; return whether there was any."""
+        if not self._evicts:
+            return False
         for lane in (Lane.TELEMETRY, Lane.EVENT):
             store = self._stores[lane]
             try:
@@ -391,6 +405,11 @@ class Spool:
     def next_seq(self, lane: Lane) -> int:
         """Return the seq behind the last committed message."""
         return self._stores[lane].committed
+
+    @property
+    def full(self) -> bool:
+        """Whether the segments hold more than `limit_bytes`."""
+        return self._bytes > self.limit_bytes
 
     def spooled(self) -> int:
         """Return how many messages wait for their acknowledgement."""

@@ -150,6 +150,8 @@ class Uplink:
                 self._time_out(flow, mono_s)
             room = HANDED_OVER - unsent - len(messages)
             messages += [(self._topics[lane], payload) for payload in self._lane(lane, room, now_ms, mono_s)]
+            if flow.under_way and flow.next < self.spool.next_seq(lane):
+                break  # what is said of an event must not be told beside older events
         return messages
 
     def _time_out(self, flow: _Flow, mono_s: float) -> None:

@@ -1,295 +1,352 @@
-"""Elevators: trips by time of day, what the controller reports, and what each cause does to a car.
+"""Elevators: trips by time of day, what the controller or a retrofit kit reports, and what each cause does to a car.
 
 Time is cut into slots of two minutes with at most one trip each, drawn by hash; a car's floor is where its last trip
 ended, and one slot in 30 brings it home, so looking back is bounded and nothing needs a memory. A cause has its own
-script, during which the ordinary trips it would cut into are left out.
+script (`simulators.scripts`), during which the ordinary trips it would cut into are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from citybrain.clock import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
-from citybrain.model import Device, Lane, Reading
-from simulators.faults import Cause
-from simulators.noise import Noise
-from simulators.water import LOCAL_MS, MISSED, REPEATED, Emitted
+from citybrain.model import Device, Lane
+from simulators.causes import LOCAL_MS, Cause
+from simulators.columns import MISSED, Columns, Event, by_luck, from_events, grid, only
+from simulators.district import District
+from simulators.noise import F64, I64, keys, stream, uniforms
+from simulators.noise import bits as noise_bits
+from simulators.scripts import LEAD_MS, Moment, Script, script, trip_ms
+from simulators.water import SILENT, air_c
+
+Bools = npt.NDArray[np.bool_]
 
 SLOT_MS = 2 * MINUTE_MS
 HOMING_SLOTS = 30
-PERIOD_MS = 10 * SECOND_MS
+PERIOD_MS = 60 * SECOND_MS
 REFRESH_MS = 10 * MINUTE_MS
-FLOOR_MS = 2500
-LEAD_MS = 20 * SECOND_MS  # a script begins this long before its cause
-AFTER_MS = 60 * SECOND_MS
-RETRY_MS = 20 * SECOND_MS
+BUSY = (0.2, 0.6)  # how much of the traffic of a tall office block a lift has
+NEAR_MS = 5 * MINUTE_MS  # a script begins and ends within this of its cause
+ROOM_C = (10.0, 24.0)  # how much warmer a machine room is than the air
 
-DOOR_CLOSE, DOOR_OPEN, OUT_OF_ZONE, SAFETY_CIRCUIT, AUTOMATIC, MAINS_LOST, BUTTON = 2, 3, 4, 1, 40, 41, 90
-NORMAL, INSPECTION = 1.0, 2.0
-# What a technician tries: (minutes after the mode was set, code). Enough of each to raise every rule but for the mode.
-TESTS = ((2, SAFETY_CIRCUIT), (4, DOOR_CLOSE), (5, DOOR_CLOSE), (6, DOOR_OPEN), (7, DOOR_CLOSE), (9, BUTTON))
-
-
-class Trip(msgspec.Struct, frozen=True):
-    """One ride, in Unix ms: in, doors shut, off, stopped, doors open, out, doors shut again."""
-
-    enter_ms: int
-    shut_ms: int
-    go_ms: int
-    stop_ms: int
-    open_ms: int
-    leave_ms: int
-    over_ms: int
-    from_floor: int
-    to_floor: int
-    empty: bool = False
-
-    @property
-    def changes(self) -> tuple[int, ...]:
-        """When something that is reported as an event changes."""
-        return self.enter_ms, self.shut_ms, self.open_ms, self.leave_ms, self.over_ms
+TELEMETRY = ("floor", "moving", "vibration_rms_g", "current_a", "temperature_c")
+EVENTS = ("occupied", "door_closed", "service_mode", "fault_code")
+ENTER, SHUT, GO, STOP, OPEN, LEAVE, OVER = range(7)
+TOLD = ((ENTER, 1.0, 0.0), (SHUT, 1.0, 1.0), (OPEN, 1.0, 0.0), (LEAVE, 0.0, 0.0), (OVER, 0.0, 1.0))
 
 
-class State(msgspec.Struct):
-    """A car: floor, moving, occupied, doors closed (0/1 each), service mode, whether the mains feed it."""
-
-    floor: int
-    moving: bool = False
-    up: bool = False
-    occupied: bool = False
-    door_closed: bool = True
-    mode: float = NORMAL
-    powered: bool = True
-
-    def events(self) -> tuple[float, float, float]:
-        """Return (occupied, door_closed, service_mode) as reported."""
-        return float(self.occupied), float(self.door_closed), self.mode
-
-
-def traffic(at_ms: int) -> float:
+def traffic(at: I64) -> F64:
     """Return how likely a slot holds a trip, by local hour: night 0.04, day 0.35, the way to work and home 0.75."""
-    hour = (at_ms + LOCAL_MS) % DAY_MS / HOUR_MS
-    if hour < 6 or hour >= 23.5:
-        return 0.04
-    if 7 <= hour < 9 or 17 <= hour < 20:
-        return 0.75
-    return 0.35
+    hour = (at + LOCAL_MS) % DAY_MS / HOUR_MS
+    rush = ((hour >= 7) & (hour < 9)) | ((hour >= 17) & (hour < 20))
+    return np.where((hour < 6) | (hour >= 23.5), 0.04, np.where(rush, 0.75, 0.35))
 
 
-def ride(enter_ms: int, from_floor: int, to_floor: int, *, empty: bool = False) -> Trip:
-    """Return the ride that begins with somebody stepping in."""
-    go = enter_ms + 5 * SECOND_MS
-    stop = go + 4 * SECOND_MS + abs(to_floor - from_floor) * FLOOR_MS
-    return Trip(enter_ms, enter_ms + 4000, go, stop, stop + 1500, stop + 4000, stop + 9000, from_floor, to_floor, empty)
+class Trips(msgspec.Struct, frozen=True, eq=False):
+    """The rides of some lifts: `slot` [lifts, slots] where there is one, from and to which floor, its times [.., 7]."""
+
+    first: I64  # slot number of the first column, by lift
+    rides: Bools
+    empty: Bools
+    from_floor: I64
+    to_floor: I64
+    times: I64
 
 
-def scripted(cause: Cause) -> tuple[int, int]:
-    """Return from when until when (Unix ms) a cause writes the car's script."""
-    if cause.kind in ("trapped", "power_cut_occupied", "power_cut_empty"):
-        return cause.start_ms - LEAD_MS, cause.end_ms + AFTER_MS
-    return cause.start_ms, cause.end_ms + AFTER_MS
+class Stands(msgspec.Struct, frozen=True, eq=False):
+    """How lifts stand at some times: floor, moving, (last) going up, powered."""
+
+    device: I64
+    at: I64
+    floor: I64
+    moving: Bools
+    up: Bools
+    powered: Bools
+
+    def take(self, rows: I64) -> Stands:
+        """Return some of them, in this order."""
+        return Stands(
+            self.device[rows], self.at[rows], self.floor[rows], self.moving[rows], self.up[rows], self.powered[rows]
+        )
 
 
-def codes(cause: Cause, lift: str) -> list[tuple[int, int]]:
-    """Return the (Unix ms, fault code) a cause makes a lift's controller report, in order."""
-    start, end, strength = cause.start_ms, cause.end_ms, cause.strength
-    place = cause.subjects.index(lift)
-    button = start + round(strength.get("button_s", 0.0) * SECOND_MS) + 2500 * place
-    presses = [(button, BUTTON), (button + 45 * SECOND_MS, BUTTON), (button + 150 * SECOND_MS, BUTTON)]
-    match cause.kind:
-        case "trapped":
-            return [(start + round(strength["code_s"] * SECOND_MS), OUT_OF_ZONE), *presses, (end, 0)]
-        case "power_cut_occupied" | "power_cut_empty":
-            lost = [(start + 700 * place, MAINS_LOST)]
-            back = [(end + 700 * place, AUTOMATIC), (end + 20 * SECOND_MS + 700 * place, 0)]
-            return lost + (presses if lift in cause.occupied else []) + back
-        case "door_failure":
-            n = round(strength["codes"])
-            step = strength["over_s"] * SECOND_MS / (n - 1)
-            failures = [(start + round(5000 + i * step), (DOOR_CLOSE, DOOR_OPEN)[i % 2]) for i in range(n)]
-            return [*_retried(failures), (end, 0)]
-        case "inspection":
-            tests = [(start + at * MINUTE_MS, code) for at, code in TESTS]
-            return [*_retried(tests), (end - MINUTE_MS, 0)]
-        case _:
-            return []
+def joined(parts: Sequence[Stands]) -> Stands:
+    """Return all of them, one part behind the other."""
+    return Stands(
+        np.concatenate([part.device for part in parts]),
+        np.concatenate([part.at for part in parts]),
+        np.concatenate([part.floor for part in parts]),
+        np.concatenate([part.moving for part in parts]),
+        np.concatenate([part.up for part in parts]),
+        np.concatenate([part.powered for part in parts]),
+    )
 
 
-def _retried(failures: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Put a 0 behind each code but the last: the controller tries again, it works, and soon fails anew."""
-    return sorted(failures + [(at + RETRY_MS, 0) for at, _ in failures[:-1]])
+class Lifts:
+    """The elevators behind one gateway."""
 
+    def __init__(self, district: District, devices: Sequence[Device]) -> None:
+        self.names = tuple(device.id for device in devices)
+        self.index = {name: number for number, name in enumerate(self.names)}
+        self.floors: I64 = np.array([district.floors[device.building] for device in devices], np.int64)
+        self._telemetry = np.array([[name in d.metrics for name in TELEMETRY] for d in devices], bool).reshape(-1, 5)
+        self._spoken = np.array([[name in d.event_metrics for name in EVENTS] for d in devices], bool).reshape(-1, 4)
+        own = keys(district.seed, self.names)
+        self._draw, self._luck, self._noise = stream(own, 1), stream(own, 2), stream(own, 3)
+        self._weather = keys(district.seed, ["weather"] * len(devices))
+        draw = uniforms(own[:, None], np.arange(8)[None, :])
+        self._phase_ms: I64 = (draw[:, 1] * PERIOD_MS).astype(np.int64)
+        self._slot_phase_ms: I64 = (draw[:, 2] * SLOT_MS).astype(np.int64)
+        self._refresh_ms: I64 = (draw[:, 3] * REFRESH_MS).astype(np.int64)
+        self._busy: F64 = BUSY[0] + (BUSY[1] - BUSY[0]) * draw[:, 4]
+        self._room_c: F64 = ROOM_C[0] + (ROOM_C[1] - ROOM_C[0]) * draw[:, 5]
+        self._floor_ms: I64 = np.array([trip_ms(int(floors)) for floors in self.floors], np.int64)
+        self._scripts: dict[tuple[str, str], Script] = {}
 
-class Lift:
-    """One elevator's controller and sensors."""
+    # --- trips ------------------------------------------------------------------------------------------------------
 
-    def __init__(self, seed: int, device: Device, floors: int) -> None:
-        self.id = device.id
-        self.floors = floors
-        own = Noise(seed, device.id)
-        self._draw = Noise(seed, f"{device.id}/trips")
-        self._luck = Noise(seed, f"{device.id}/luck")
-        self._noise = Noise(seed, f"{device.id}/noise")
-        self._phase_ms = int(own.uniform(1) * PERIOD_MS)
-        self._slot_phase_ms = int(own.uniform(2) * SLOT_MS)
-        self._refresh_ms = int(own.uniform(3) * REFRESH_MS)
-        self.trip = lru_cache(maxsize=256)(self._trip)
-
-    # --- what is so -----------------------------------------------------------------------------------------------
-
-    def slot(self, at_ms: int) -> int:
-        return (at_ms - self._slot_phase_ms) // SLOT_MS
-
-    def floor_before(self, slot: int) -> int:
-        """Return where the car stands when a slot begins: the end of its last trip since it was brought home."""
-        for earlier in range(slot - 1, slot - 1 - HOMING_SLOTS, -1):
-            if earlier % HOMING_SLOTS == 0:
-                return 1
-            if self._draw.uniform(2 * earlier) < traffic(earlier * SLOT_MS + self._slot_phase_ms):
-                return self._destination(earlier)
-        return 1
-
-    def _destination(self, slot: int) -> int:
-        return 1 + self._draw.bits(2 * slot + 1) % self.floors
-
-    def _trip(self, slot: int) -> Trip | None:
-        start = slot * SLOT_MS + self._slot_phase_ms
-        luck = self._draw.uniform(2 * slot)
+    def trips(self, from_ms: int, to_ms: int) -> Trips:
+        """Return every ride that touches [from, to), with the floors each car comes from."""
+        first = (from_ms - self._slot_phase_ms) // SLOT_MS
+        back = first % HOMING_SLOTS  # the last time it was certainly at home
+        ahead = int((to_ms - from_ms) // SLOT_MS) + 2
+        most = int(back.max(initial=0)) + ahead
+        slot = (first - back)[:, None] + np.arange(most)
+        start = slot * SLOT_MS + self._slot_phase_ms[:, None]
+        key = self._draw[:, None]
+        luck = uniforms(key, 2 * slot)
         homing = slot % HOMING_SLOTS == 0
-        if not homing and luck >= traffic(start):
-            return None
-        here = self.floor_before(slot)
-        there = 1 if homing else self._destination(slot)
-        if here == there:
-            return None
-        return ride(start + int(luck * 20 * SECOND_MS), here, there, empty=homing)
+        moves = homing | (luck < traffic(start) * self._busy[:, None])
+        wants = 1 + (noise_bits(key, 2 * slot + 1) % self.floors[:, None].astype(np.uint64)).astype(np.int64)
+        there = np.where(homing, 1, wants)
+        last = np.maximum.accumulate(np.where(moves, np.arange(most), 0), axis=1)
+        ended = np.take_along_axis(there, last, axis=1)
+        here = np.concatenate((np.ones((len(slot), 1), np.int64), ended[:, :-1]), axis=1)
+        here[:, 0] = np.where(homing[:, 0], self._home(slot[:, 0]), 1)
+        shift = back[:, None] + np.arange(ahead)
+        start, luck, homing, moves, here, there = (
+            np.take_along_axis(part, shift, axis=1) for part in (start, luck, homing, moves, here, there)
+        )
+        enter = start + (np.where(homing, 0.1, luck) * 20 * SECOND_MS).astype(np.int64)
+        return Trips(first, moves & (here != there), homing, here, there, self._times(enter, here, there))
 
-    def state(self, at_ms: int, causes: Sequence[Cause] = ()) -> State:
-        """Return what is so at a time under the causes that touch this lift."""
+    def _home(self, slot: I64) -> I64:
+        """Return the floor each car is brought home from in a homing slot: where its last trip before it ended."""
+        before = slot[:, None] - HOMING_SLOTS + 1 + np.arange(HOMING_SLOTS - 1)
+        key = self._draw[:, None]
+        start = before * SLOT_MS + self._slot_phase_ms[:, None]
+        moves = uniforms(key, 2 * before) < traffic(start) * self._busy[:, None]
+        wants = 1 + (noise_bits(key, 2 * before + 1) % self.floors[:, None].astype(np.uint64)).astype(np.int64)
+        last = np.where(moves, np.arange(HOMING_SLOTS - 1), -1).max(axis=1)
+        return np.where(last < 0, 1, np.take_along_axis(wants, np.maximum(last, 0)[:, None], axis=1)[:, 0])
+
+    def _times(self, enter: I64, here: I64, there: I64) -> I64:
+        go = enter + 5 * SECOND_MS
+        stop = go + 4 * SECOND_MS + np.abs(there - here) * self._floor_ms[:, None]
+        return np.stack((enter, enter + 4000, go, stop, stop + 1500, stop + 4000, stop + 9000), axis=2)
+
+    def rides(self, lift: str, from_ms: int, to_ms: int) -> int:
+        """Return how many rides a lift begins within [from, to)."""
+        trips, number = self.trips(from_ms, to_ms), self.index[lift]
+        go = trips.times[number, trips.rides[number], GO]
+        return int(((go >= from_ms) & (go < to_ms)).sum())
+
+    # --- what is reported -------------------------------------------------------------------------------------------
+
+    def columns(self, from_ms: int, to_ms: int, causes: Sequence[Cause]) -> list[Columns]:
+        """Return the readings of [from, to), true times: telemetry each minute and on a change, events on change."""
+        trips = self.trips(from_ms, to_ms)
+        scripts = self._near(from_ms, to_ms, causes)
+        rides = self._uncut(trips, scripts)
+        telemetry = self._moves(trips, rides, from_ms, to_ms, scripts, causes)
+        events = self._events(trips, rides, from_ms, to_ms, scripts)
+        found = [only(telemetry, self._telemetry), only(events, self._spoken)]
+        return [self._spared(columns, causes) for columns in found]
+
+    def _near(self, from_ms: int, to_ms: int, causes: Sequence[Cause]) -> list[tuple[int, Script]]:
+        """Return the scripts that are played around [from, to), with their lifts' numbers."""
+        found: list[tuple[int, Script]] = []
         for cause in causes:
-            begin, end = scripted(cause)
-            if begin <= at_ms < end:
-                return self._script(cause, at_ms)
-        slot = self.slot(at_ms)
-        trip = self.trip(slot)
-        if trip is None or any(_cuts(cause, trip) for cause in causes):
-            return State(self.floor_before(slot) if trip is None else trip.from_floor)
-        return riding(trip, at_ms)
+            if cause.start_ms - NEAR_MS >= to_ms or cause.end_ms + NEAR_MS <= from_ms:
+                continue
+            here = [name for name in cause.subjects if name in self.index]
+            found += [(self.index[name], self._script(cause, name)) for name in here]
+        return [(number, play) for number, play in found if play.moments]
 
-    def _script(self, cause: Cause, at_ms: int) -> State:
-        start, end = cause.start_ms, cause.end_ms
-        floor = self.floor_before(self.slot(start - LEAD_MS))
-        match cause.kind:
-            case "inspection":
-                mode = INSPECTION if at_ms < end else NORMAL
-                return State(floor, occupied=at_ms < end + 5 * SECOND_MS, mode=mode)
-            case "door_failure":
-                return State(floor, door_closed=at_ms >= end)
-        powered = cause.kind == "trapped" or not start <= at_ms < end
-        if self.id not in cause.occupied:
-            return State(floor, powered=powered)
-        far = floor + 4 if floor + 4 <= self.floors else floor - 4
-        if at_ms < start:
-            return riding(ride(start - LEAD_MS + 2000, floor, far), at_ms)
-        if at_ms < end:
-            stuck = riding(ride(start - LEAD_MS + 2000, floor, far), start).floor
-            return State(stuck, occupied=True, powered=powered)
-        return State(far, occupied=at_ms < end + 30 * SECOND_MS, door_closed=at_ms < end + 25 * SECOND_MS)
+    def _script(self, cause: Cause, name: str) -> Script:
+        key = cause.id, name
+        if key not in self._scripts:
+            number = self.index[name]
+            trips = self.trips(cause.start_ms - LEAD_MS, cause.start_ms - LEAD_MS + 1)
+            codes = bool(self._spoken[number, EVENTS.index("fault_code")])
+            floors, floor_ms = int(self.floors[number]), int(self._floor_ms[number])
+            self._scripts[key] = script(cause, name, int(trips.from_floor[number, 0]), floors, floor_ms, codes=codes)
+        return self._scripts[key]
 
-    # --- what is reported -----------------------------------------------------------------------------------------
+    def _uncut(self, trips: Trips, scripts: Sequence[tuple[int, Script]]) -> Bools:
+        """Return the rides that no script cuts into."""
+        rides = trips.rides.copy()
+        for number, play in scripts:
+            times = trips.times[number]
+            rides[number] &= (times[:, OVER] <= play.begin) | (times[:, ENTER] >= play.end)
+        return rides
 
-    def reports(self, from_ms: int, to_ms: int, causes: Sequence[Cause]) -> list[Emitted]:
-        """Return the readings of [from, to), true times: telemetry each 10 s, events on change and each 10 min."""
-        near = [c for c in causes if c.start_ms - 2 * SLOT_MS < to_ms and from_ms < c.end_ms + 2 * SLOT_MS]
-        found: list[Emitted] = []
-        for at_ms in range(_first(from_ms, self._phase_ms, PERIOD_MS), to_ms, PERIOD_MS):
-            self._telemetry(found, at_ms, near)
-        self._events(found, from_ms, to_ms, near)
-        return found
+    def _moves(
+        self, trips: Trips, rides: Bools, from_ms: int, to_ms: int, scripts: Sequence[tuple[int, Script]],
+        causes: Sequence[Cause],
+    ) -> Columns:  # fmt: skip
+        minutes = self._where(trips, rides, *grid(self._phase_ms, PERIOD_MS, from_ms, to_ms))
+        lift, column = np.nonzero(rides)
+        here, there = trips.from_floor[lift, column], trips.to_floor[lift, column]
+        yes, up = np.ones(len(lift), bool), there > here
+        turns = [
+            Stands(lift, trips.times[lift, column, GO], here, yes, up, yes),
+            Stands(lift, trips.times[lift, column, STOP], there, ~yes, up, yes),
+        ]
+        stands = joined([minutes, *turns])
+        for number, play in scripts:
+            _play(play, np.flatnonzero(stands.device == number), stands)
+        stands = joined([stands, *(_turns(number, play) for number, play in scripts)])
+        stands = stands.take(np.flatnonzero((stands.at >= from_ms) & (stands.at < to_ms)))
+        stands = stands.take(np.lexsort((stands.moving, stands.device, stands.at)))
+        columns = Columns(Lane.TELEMETRY, self.names, TELEMETRY, stands.device, stands.at, self._values(stands, causes))
+        turned = (columns.at - self._phase_ms[columns.device]) % PERIOD_MS != 0  # told until it is heard
+        missed: F64 = np.where(turned, 0.0, MISSED)
+        return columns.rows(by_luck(uniforms(self._luck[columns.device], columns.at), missed))
 
-    def _telemetry(self, found: list[Emitted], at_ms: int, causes: Sequence[Cause]) -> None:
-        luck = self._luck.uniform(at_ms)
-        if luck < MISSED:
-            return
-        state = self.state(at_ms, causes)
-        wobble = self._noise.uniform(at_ms)
-        if state.moving:
-            vibration, current = 0.02 + 0.03 * wobble, (14.0 if state.up else 6.0) + 2.0 * wobble
-        else:
-            vibration, current = 0.001 + 0.002 * wobble, 0.5 + 0.2 * wobble if state.powered else 0.0
-        values = {
-            "floor": float(state.floor),
-            "moving": float(state.moving),
-            "vibration_rms_g": round(vibration, 4),
-            "current_a": round(current, 2),
-        }
-        reading = (Lane.TELEMETRY, Reading(self.id, at_ms, values))
-        found.append(reading)
-        if luck > 1.0 - REPEATED:
-            found.append(reading)
+    def _where(self, trips: Trips, rides: Bools, device: I64, at: I64) -> Stands:
+        """Return how lifts stand at times within the trips' slots."""
+        column = (at - self._slot_phase_ms[device]) // SLOT_MS - trips.first[device]
+        times = trips.times[device, column]
+        here, there = trips.from_floor[device, column], trips.to_floor[device, column]
+        up, ride = there > here, rides[device, column]
+        moving: Bools = ride & (at >= times[:, GO]) & (at < times[:, STOP])
+        passed = np.minimum((at - times[:, GO]) // self._floor_ms[device], np.abs(there - here))
+        floor = np.where(moving, here + np.where(up, passed, -passed), here)
+        floor = np.where(ride & (at >= times[:, STOP]), there, floor)
+        return Stands(device, at, floor, moving, up, np.ones(len(at), bool))
 
-    def _events(self, found: list[Emitted], from_ms: int, to_ms: int, causes: Sequence[Cause]) -> None:
-        reported = {at: code for cause in causes for at, code in codes(cause, self.id) if from_ms <= at < to_ms}
-        refreshed = set(range(_first(from_ms, self._refresh_ms, REFRESH_MS), to_ms, REFRESH_MS))
-        for at_ms in sorted(self._changes(from_ms, to_ms, causes) | reported.keys() | refreshed):
-            state = self.state(at_ms, causes).events()
-            if at_ms in reported or at_ms in refreshed:
-                found.append(self.standing(at_ms, causes))
-            elif state != self.state(at_ms - 1, causes).events():
-                found.append(_event(self.id, at_ms, state, None))
-
-    def standing(self, at_ms: int, causes: Sequence[Cause]) -> Emitted:
-        """Return the event values and the code as they stand, as they are told every 10 min and at power-up."""
-        return _event(self.id, at_ms, self.state(at_ms, causes).events(), self._code(at_ms, causes))
-
-    def _changes(self, from_ms: int, to_ms: int, causes: Sequence[Cause]) -> set[int]:
-        times: set[int] = set()
-        for slot in range(self.slot(from_ms), self.slot(to_ms) + 1):
-            trip = self.trip(slot)
-            if trip is not None:
-                times.update(at for at in trip.changes if from_ms <= at < to_ms)
+    def _values(self, stands: Stands, causes: Sequence[Cause]) -> F64:
+        device, at, moving = stands.device, stands.at, stands.moving
+        wobble = uniforms(self._noise[device], at)
+        vibration = np.where(moving, 0.02 + 0.03 * wobble, 0.001 + 0.002 * wobble)
+        idle = np.where(stands.powered, 0.5 + 0.2 * wobble, 0.0)
+        current = np.where(moving, np.where(stands.up, 14.0, 6.0) + 2.0 * wobble, idle)
+        heat = self._room_c[device] + air_c(self._weather[device], at) + wobble
         for cause in causes:
-            start, end = cause.start_ms, cause.end_ms
-            scripts = (start - LEAD_MS, start - LEAD_MS + 2000, start - LEAD_MS + 6000, start, end)
-            releases = (end + 5 * SECOND_MS, end + 25 * SECOND_MS, end + 30 * SECOND_MS, end + AFTER_MS)
-            times.update(at for at in (*scripts, *releases) if from_ms <= at < to_ms)
-        return times
+            rows = self._rows(cause, device, at)
+            if cause.kind == "machine_room_hot":
+                heat[rows] = _hot(cause, at[rows], heat[rows])
+            elif cause.kind in ("rough_ride", "rough_once"):
+                rough = cause.strength["vibration_g"] * (0.9 + 0.2 * wobble[rows])
+                vibration[rows] = np.where(moving[rows], rough, vibration[rows])
+        told = (stands.floor.astype(float), moving.astype(float), np.round(vibration, 4), np.round(current, 2))
+        return np.stack((*told, np.round(heat, 1)), axis=1)
 
-    def _code(self, at_ms: int, causes: Sequence[Cause]) -> int:
-        """Return the code that stands: the last one reported, 0 where nothing is wrong."""
-        said = [item for cause in causes for item in codes(cause, self.id) if item[0] <= at_ms]
-        return max(said)[1] if said else 0
+    def _rows(self, cause: Cause, device: I64, at: I64) -> I64:
+        during = np.flatnonzero((at >= cause.start_ms) & (at < cause.end_ms))
+        return during[np.isin(device[during], [self.index[name] for name in cause.subjects if name in self.index])]
+
+    def _spared(self, columns: Columns, causes: Sequence[Cause]) -> Columns:
+        """Leave out what a dead or failing device did not say."""
+        for cause in causes:
+            if cause.kind in SILENT:
+                rows = self._rows(cause, columns.device, columns.at)
+                columns = columns.rows(np.delete(np.arange(len(columns.at)), rows))
+        return columns
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def _events(
+        self, trips: Trips, rides: Bools, from_ms: int, to_ms: int, scripts: Sequence[tuple[int, Script]]
+    ) -> Columns:
+        lift, column = np.nonzero(rides & ~trips.empty)
+        times = trips.times[lift, column]
+        refreshed, again = grid(self._refresh_ms, REFRESH_MS, from_ms, to_ms)
+        told = self._standing(trips, rides, refreshed, again)
+        device = np.concatenate((*(lift for _ in TOLD), refreshed))
+        at = np.concatenate((*(times[:, moment] for moment, _, _ in TOLD), again))
+        occupied = np.concatenate((*(np.full(len(lift), inside) for _, inside, _ in TOLD), told[0]))
+        closed = np.concatenate((*(np.full(len(lift), shut) for _, _, shut in TOLD), told[1]))
+        code = np.concatenate((np.full(len(TOLD) * len(lift), np.nan), np.zeros(len(again))))
+        keep = (at >= from_ms) & (at < to_ms)
+        for number, play in scripts:
+            keep &= ~((device == number) & (at >= play.begin) & (at < play.end))
+        values = np.stack((occupied, closed, np.ones(len(at)), code), axis=1)
+        plain = Columns(Lane.EVENT, self.names, EVENTS, device, at, values).rows(keep)
+        played = self._played(from_ms, to_ms, scripts)
+        both = Columns(
+            Lane.EVENT, self.names, EVENTS, np.concatenate((plain.device, played.device)),
+            np.concatenate((plain.at, played.at)), np.concatenate((plain.values, played.values)),
+        )  # fmt: skip
+        return both.rows(np.lexsort((both.device, both.at)))
+
+    def _standing(self, trips: Trips, rides: Bools, device: I64, at: I64) -> tuple[F64, F64]:
+        """Return (occupied, doors closed) at times within the trips' slots."""
+        column = (at - self._slot_phase_ms[device]) // SLOT_MS - trips.first[device]
+        times = trips.times[device, column]
+        ride = rides[device, column] & ~trips.empty[device, column]
+        inside = ride & (at >= times[:, ENTER]) & (at < times[:, LEAVE])
+        opened = ((at >= times[:, ENTER]) & (at < times[:, SHUT])) | ((at >= times[:, OPEN]) & (at < times[:, OVER]))
+        return inside.astype(float), 1.0 - (ride & opened).astype(float)
+
+    def _played(self, from_ms: int, to_ms: int, scripts: Sequence[tuple[int, Script]]) -> Columns:
+        found: list[Event] = []
+        for number, play in scripts:
+            begin, end = max(from_ms, play.begin), min(to_ms, play.end)
+            _, again = grid(self._refresh_ms[number : number + 1], REFRESH_MS, begin, max(end, begin))
+            refreshed = [Event(number, at, _told(play.at(at), play.code(at))) for at in again.tolist()]
+            sharp = {at for at, _ in play.codes}
+            changes = [Event(number, m.at, _told(m, None)) for m in play.changes if m.at not in sharp]
+            codes = [Event(number, at, _told(play.at(at), float(code))) for at, code in play.codes]
+            by_time = {event.at: event for event in (*changes, *refreshed, *codes)}
+            found += [event for at, event in sorted(by_time.items()) if from_ms <= at < to_ms]
+        return from_events(Lane.EVENT, self.names, EVENTS, found)
+
+    def standing(self, at_ms: int, causes: Sequence[Cause]) -> Columns:
+        """Return the event values and the codes of all lifts as they stand, as they are told at power-up."""
+        device = np.arange(len(self.names))
+        at = np.full(len(device), at_ms)
+        trips, scripts = self.trips(at_ms, at_ms + 1), self._near(at_ms, at_ms + 1, causes)
+        occupied, closed = self._standing(trips, self._uncut(trips, scripts), device, at)
+        values = np.stack((occupied, closed, np.ones(len(at)), np.zeros(len(at))), axis=1)
+        for number, play in scripts:
+            if play.begin <= at_ms < play.end:
+                moment = play.at(at_ms)
+                values[number] = (moment.occupied, moment.door_closed, moment.mode, play.code(at_ms))
+        return only(Columns(Lane.EVENT, self.names, EVENTS, device, at, values), self._spoken)
 
 
-def riding(trip: Trip, at_ms: int) -> State:
-    """Return the car's state at a time of a trip, before and after it included."""
-    up = trip.to_floor > trip.from_floor
-    if at_ms < trip.go_ms:
-        floor, moving = trip.from_floor, False
-    elif at_ms < trip.stop_ms:
-        passed = min((at_ms - trip.go_ms) // FLOOR_MS, abs(trip.to_floor - trip.from_floor))
-        floor, moving = trip.from_floor + (passed if up else -passed), True
-    else:
-        floor, moving = trip.to_floor, False
-    inside = not trip.empty and trip.enter_ms <= at_ms < trip.leave_ms
-    doors_open = not trip.empty and (trip.enter_ms <= at_ms < trip.shut_ms or trip.open_ms <= at_ms < trip.over_ms)
-    return State(floor, moving, up, inside, not doors_open)
+def _play(play: Script, rows: I64, stands: Stands) -> None:
+    """Let a script say how its lift stands while it lasts."""
+    for row in rows.tolist():
+        if play.begin <= stands.at[row] < play.end:
+            moment = play.at(int(stands.at[row]))
+            stands.floor[row], stands.moving[row] = moment.floor, moment.moving
+            stands.up[row], stands.powered[row] = moment.up, moment.powered
 
 
-def _cuts(cause: Cause, trip: Trip) -> bool:
-    begin, end = scripted(cause)
-    return begin < trip.over_ms and trip.enter_ms < end
+def _turns(number: int, play: Script) -> Stands:
+    moments = play.turns
+    return Stands(
+        np.full(len(moments), number),
+        np.array([moment.at for moment in moments], np.int64),
+        np.array([moment.floor for moment in moments], np.int64),
+        np.array([moment.moving for moment in moments], bool),
+        np.array([moment.up for moment in moments], bool),
+        np.array([moment.powered for moment in moments], bool),
+    )
 
 
-def _event(lift: str, at_ms: int, state: tuple[float, float, float], code: int | None) -> Emitted:
-    values = {"occupied": state[0], "door_closed": state[1], "service_mode": state[2]}
-    if code is not None:
-        values["fault_code"] = float(code)  # behind its evidence: guards look at what came before
-    return Lane.EVENT, Reading(lift, at_ms, values)
+def _told(moment: Moment, code: float | None) -> dict[str, float]:
+    said = {"occupied": float(moment.occupied), "door_closed": float(moment.door_closed), "service_mode": moment.mode}
+    return said if code is None else said | {"fault_code": code}  # behind its evidence: guards look at what came before
 
 
-def _first(from_ms: int, phase_ms: int, step_ms: int) -> int:
-    return from_ms + (phase_ms - from_ms) % step_ms
+def _hot(cause: Cause, at: I64, usual: F64) -> F64:
+    rise = np.minimum((at - cause.start_ms) / (cause.strength["rise_s"] * SECOND_MS), 1.0)
+    return np.where(at < cause.end_ms, usual + (cause.strength["hot_c"] - usual) * rise, usual)

@@ -26,6 +26,7 @@ from citybrain.layout import Layout
 from simulators.faults import Truth, read_truth
 
 BEFORE_MS, AFTER_MS = 2 * MINUTE_MS, 30 * MINUTE_MS
+MOST_NAMED = 20  # of what was wrong, on a screen
 Z95 = 1.959964  # two-sided 95 %
 
 
@@ -237,8 +238,17 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     layout = Layout(args.folder or args.data)
-    emit(evaluate(read_truth(layout.truth), read_orders(layout.database)), as_json=args.json)
+    score = evaluate(read_truth(layout.truth), read_orders(layout.database))
+    if not args.json:
+        score["wrong"] = {name: shortened(ids) for name, ids in score["wrong"].items()}
+    emit(score, as_json=args.json)
     return 0
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Return the first of many, and how many more there are."""
+    more = len(names) - MOST_NAMED
+    return [*names[:MOST_NAMED], *([f"and {more} more; --json names all"] if more > 0 else [])]
 
 
 command = Subcommand("compare what was ordered with what was due", _arguments, _run)

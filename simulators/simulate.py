@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from api.assets.store import ledger_version
 from citybrain.cli import Subcommand, emit
 from citybrain.clock import HOUR_MS
 from citybrain.counters import Counters
@@ -23,10 +24,10 @@ from gateway.service import Broker, GatewayService, poll_all
 from gateway.spool import Spool
 from gateway.uplink import Uplink
 from rules.files import library
-from simulators.district import SIZES, District, build
-from simulators.faults import ANNOUNCED_MS, Cause, Schedule, truth_of
-from simulators.offline import run_offline
-from simulators.sensors import Sensors, SkewedClock, Vitals
+from simulators.causes import ANNOUNCED_MS, BY_PERMIT, Cause, permits
+from simulators.district import SIZES, District, Size, build
+from simulators.faults import Schedule, truth_of
+from simulators.sensors import Sensors, SkewedClock, Vitals, is_cloud
 from streams.registry import encode_registry
 from streams.ruleset import encode_ruleset
 
@@ -39,13 +40,18 @@ TOLD_MS = 6 * HOUR_MS  # a cause that began before, while we were down, touches 
 
 
 def provision(layout: Layout, district: District, now_ms: int) -> dict[str, object]:
-    """Ask ingest to activate the district's registry and the library's rules; nothing where both are in force."""
+    """Ask ingest to activate the district's registry and the library's rules; nothing where both are in force.
+
+    Where the ledger has been changed its registry stays: a later start must not undo what somebody entered.
+    """
     wanted = {
         "registry": layout.put_blob(encode_registry(district.registry)),
         "ruleset": layout.put_blob(encode_ruleset(library())),
     }
     active = layout.read_active()
     changed = [what for what, content in wanted.items() if active is None or getattr(active, what) != content]
+    if "registry" in changed and ledger_version(layout):
+        changed.remove("registry")
     box = layout.mailbox("ingest")
     waiting = "".join(OS_FILES.names(box))
     for position, what in enumerate(changed):
@@ -139,20 +145,23 @@ class Diary:
         for cause in self._schedule.causes(now_ms - TOLD_MS, now_ms + ANNOUNCED_MS):
             if cause.id in self._told:
                 continue
-            if cause.kind == "authorised_use" and cause.id not in self._permitted:
+            if cause.kind in BY_PERMIT and cause.id not in self._permitted:
                 self._permitted.add(cause.id)
-                Mailbox(self._layout.mailbox("ingest")).put(permit(cause))
+                for command in entries(cause, self._schedule.district):
+                    Mailbox(self._layout.mailbox("ingest")).put(command)
             if cause.start_ms <= now_ms < cause.end_ms:
                 self._told.add(cause.id)
                 with self._layout.truth.open("ab") as file:
                     file.write(msgspec.json.encode(truth_of(cause, self._schedule.district)) + b"\n")
 
 
-def permit(cause: Cause) -> Command:
-    """Return the command that enters an authorised use; its id makes a repeat harmless."""
-    from_ms, until_ms = cause.permit
-    body = {"subject": cause.centre, "rule": "hydrant_illegal_use", "from_ms": from_ms, "until_ms": until_ms}
-    return Command(cause.id, "override", ACTOR, cause.start_ms - ANNOUNCED_MS, body, "authorised use of water")
+def entries(cause: Cause, district: District) -> list[Command]:
+    """Return the commands that enter what is permitted; their ids make a repeat harmless."""
+    found = []
+    for one in permits(cause, district):
+        body = {"subject": one.subject, "rule": one.rule, "from_ms": one.from_ms, "until_ms": one.until_ms}
+        found.append(Command(cause.id, "override", ACTOR, cause.start_ms - ANNOUNCED_MS, body, one.reason))
+    return found
 
 
 def live(layout: Layout, run: Run, schedule: Schedule, gateways: Sequence[Gateway], stop: threading.Event) -> None:
@@ -166,7 +175,6 @@ def live(layout: Layout, run: Run, schedule: Schedule, gateways: Sequence[Gatewa
         services = [host.start() for host in hosts]
         while not stop.is_set():
             now_ms = run.clock.now_ms()
-            schedule.advance(now_ms)
             diary.step(now_ms)
             for host in hosts:
                 host.step(now_ms)
@@ -184,12 +192,12 @@ def live(layout: Layout, run: Run, schedule: Schedule, gateways: Sequence[Gatewa
 
 
 def chosen(district: District, names: Sequence[str]) -> list[Gateway]:
-    """Return the gateways named, all of them where none is; raises UsageError."""
+    """Return the gateways named; where none is, all but the operators' clouds. Raises UsageError."""
     known = {gateway.id: gateway for gateway in district.registry.gateways}
     for name in names:
         if name not in known:
             raise UsageError(f"--gateway {name}: expected one of {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(names or known)]
+    return [known[name] for name in dict.fromkeys(names or (name for name in known if not is_cloud(name)))]
 
 
 def _stop_on_signals() -> threading.Event:
@@ -204,7 +212,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gateway", action="append", default=[], metavar="ID", help="host this gateway only")
     parser.add_argument("--scenario", choices=("demo", "random"), default="demo", help="what happens (default: demo)")
     parser.add_argument("--seed", type=int, metavar="N", help="what everything is drawn from (default: the run's)")
-    parser.add_argument("--size", choices=SIZES, default="zone", help="how large the district is (default: zone)")
+    parser.add_argument(
+        "--size", choices=SIZES, help="how large the district is (default: the run's; --offline: reference)"
+    )
     parser.add_argument("--export", type=Path, metavar="DIR", help="write the district's lists and map layers, and end")
     parser.add_argument("--offline", action="store_true", help="all of the product in one process, at full speed")
     parser.add_argument("--days", type=float, default=2.0, metavar="N", help="with --offline: how long (default: 2)")
@@ -214,7 +224,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     layout = Layout(args.data)
     run = layout.read_run()
-    district = build(run.seed if args.seed is None else args.seed, args.size)
+    size: Size = args.size or ("reference" if args.offline else run.size)
+    district = build(run.seed if args.seed is None else args.seed, size)
     if args.export is not None:
         from simulators.export import export  # noqa: PLC0415  maps and workbooks: no simulator that runs needs them
 
@@ -223,6 +234,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.offline:
         if args.out is None:
             raise UsageError("--offline: give an empty folder with --out DIR")
+        from simulators.offline import run_offline  # noqa: PLC0415  engine and desk: no gateway that runs needs them
+
         emit(run_offline(Layout(args.out), district, args.days), as_json=args.json)
         return 0
     layout.make()

@@ -31,6 +31,7 @@ from streams.plan import (
     compile_plan,
     compile_rules,
     rows_in_force,
+    spread,
     unusual,
 )
 from streams.registry import Index, decode_registry
@@ -245,8 +246,12 @@ class Engine:
         """Say what is probably not meant: a rule that selects nothing or everything, an override that is over."""
         if self.index is not None and self.ruleset:
             ruleset = decode_ruleset(self.layout.get_blob(self.ruleset))
+            alike: dict[tuple[str, str], list[str]] = {}
             for rule, field, what in unusual(ruleset, self.index, self.ticked_ms):
-                self.warnings.append(f"log {self.shard} offset {record.offset}: rule {rule} {field}: {what}")
+                alike.setdefault((field, what), []).append(rule)
+            for (field, what), rules in alike.items():
+                where = f"log {self.shard} offset {record.offset}: rule {', '.join(rules)}"
+                self.warnings.append(f"{where} {field}: {what}")
 
     def _compile(self, registry: str, ruleset: str) -> tuple[Index | None, Plan | None]:
         if not registry:
@@ -284,8 +289,9 @@ class Engine:
 
     def _mute(self) -> None:
         if self.plan is not None and self.index is not None:
+            muted = spread(self.overrides, self.plan, self.index)
             for watch in self.watches.values():
-                watch.mutes = compile_mutes(self.overrides, watch.table, self.plan, self.index)
+                watch.mutes = compile_mutes(muted, watch.table, self.plan)
 
     def _gone(self, gone: list[Gone], at_ms: int, record: Record) -> list[Transition]:
         """Clear what was raised and no longer exists: its rule or its device was taken out."""

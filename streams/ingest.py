@@ -55,6 +55,7 @@ class Ingest:
         *,
         segment_bytes: int = SEGMENT_BYTES,
         logs: LogStore | None = None,
+        publishes: bool = True,
     ) -> None:
         self.layout = layout
         self.shards = tuple(shards)
@@ -70,6 +71,7 @@ class Ingest:
         }
         self._routes: dict[str, tuple[Intake, Route]] = {}
         self._active: Active | None = None
+        self._publishes = publishes  # what is in force; of several ingests on one clock only their owner can say it
 
     def start(self) -> None:
         """Recover the logs of all shards; raises StorageError, and NotFound where content they name is missing."""
@@ -189,11 +191,21 @@ class Ingest:
         self.counters.gauges["quarantined"] = sum(intake.quarantine.waiting for intake in self._intakes.values())
         return acks
 
+    def quarantined(self, most: int) -> dict[str, int]:
+        """Return the `gateway/device`s that wait to be adopted, and how many messages each; those with most first."""
+        waiting = {
+            f"{gateway}/{device}": len(keys)
+            for intake in self._intakes.values()
+            for (gateway, device), keys in intake.quarantine.pending.items()
+        }
+        return dict(sorted(waiting.items(), key=lambda item: (-item[1], item[0]))[:most])
+
     def _publish_active(self) -> None:
         """Tell the other processes which registry and rule set every shard has by now."""
         settled = {intake.settled for intake in self._intakes.values()}
         active = settled.pop()
-        if settled or active == self._active or not (active.registry and active.ruleset):
+        unknown = settled or active == self._active or not (active.registry and active.ruleset)
+        if unknown or not self._publishes:
             return
         try:
             self.layout.write_active(active)

@@ -24,6 +24,7 @@ from streams.ruleset import Rule, RuleSet, Selector, kind_of, overridden, proble
 
 DAY_MS = 86_400_000
 NAN = float("nan")
+ANY_RULE = -1
 MAX_RULES = 2**16  # an instance names its rule in 16 bits
 
 
@@ -132,7 +133,8 @@ def reach(rule: Compiled, index: Index) -> Mask:
     if rule.kind.JUDGES:
         has = [index.series_having(name) >= 0 for name in rule.kind.metrics(rule.parameters)]
         enough = getattr(rule.kind, "enough", None)
-        return np.asarray(mask & (enough(rule.parameters, has) if enough else np.all(has, axis=0)))
+        possible: Mask = mask & (enough(rule.parameters, has) if enough else np.all(has, axis=0))
+        return possible
     return mask & (index.is_gateway if rule.table == "absence_platform" else index.telemetry_series > 0)
 
 
@@ -303,29 +305,34 @@ def _all_main(start: I64, instance: I64) -> Links:
     return Links(start.astype(np.int32), instance.astype(np.int32), zeros, zeros, False)
 
 
-def compile_mutes(overrides: Sequence[Control], table: Table, plan: Plan, index: Index) -> Mutes:
-    """Return which instances are muted when."""
-    parts = [
-        (instances, override.from_ms, override.until_ms)
-        for override in overrides
-        if len(instances := _muted(override, table, plan, index))
-    ]
-    sizes = [len(part[0]) for part in parts]
-    begin, end = (np.repeat(np.array([part[k] for part in parts], np.int64), sizes) for k in (1, 2))
-    instance = np.concatenate([part[0] for part in parts]) if parts else np.zeros(0, np.int32)
-    order = np.lexsort((end, begin, instance))
-    return Mutes(instance[order], begin[order], end[order])
+class Muted(NamedTuple):
+    """Overrides spread over the devices they mean: one row per (override, device). order: of the rule, ANY_RULE all."""
+
+    device: I64
+    order: I64
+    begin: I64
+    end: I64
 
 
-def _muted(override: Control, table: Table, plan: Plan, index: Index) -> I32:
-    devices = index.under(override.subject)
-    low, high = np.searchsorted(table.device, devices), np.searchsorted(table.device, devices, "right")
+def spread(overrides: Sequence[Control], plan: Plan, index: Index) -> Muted:
+    """Return whom the overrides mute; one of a rule that is not there mutes nobody."""
+    orders = {it.rule.id: it.order for it in plan.rules} | {"*": ANY_RULE}
+    known = [override for override in overrides if override.rule in orders]
+    devices = [index.under(override.subject) for override in known]
+    sizes = [len(each) for each in devices]
+    rows = np.array([(orders[o.rule], o.from_ms, o.until_ms) for o in known], np.int64).reshape(-1, 3)
+    return Muted(np.concatenate([np.zeros(0, np.int64), *devices]), *np.repeat(rows, sizes, axis=0).T)
+
+
+def compile_mutes(muted: Muted, table: Table, plan: Plan) -> Mutes:
+    """Return which instances of a table are muted when."""
+    low, high = np.searchsorted(table.device, muted.device), np.searchsorted(table.device, muted.device, "right")
     many = high - low
-    found = np.repeat(low - (np.cumsum(many) - many), many) + np.arange(many.sum())
-    if override.rule != "*":
-        wanted = [r for r, it in enumerate(plan.rules) if it.rule.id == override.rule]
-        found = found[np.isin(table.rule[found], wanted)]
-    return found.astype(np.int32)
+    instance = np.repeat(low - (np.cumsum(many) - many), many) + np.arange(many.sum())
+    order, begin, end = (np.repeat(column, many) for column in (muted.order, muted.begin, muted.end))
+    meant = np.flatnonzero((order == ANY_RULE) | (order == plan.orders[table.rule[instance]]))
+    meant = meant[np.lexsort((end[meant], begin[meant], instance[meant]))]
+    return Mutes(instance[meant].astype(np.int32), begin[meant], end[meant])
 
 
 def add_override(overrides: Sequence[Control], override: Control) -> tuple[Control, ...]:

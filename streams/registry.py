@@ -68,6 +68,7 @@ class Index:
         self.series_metric = np.fromiter(metrics, np.int16, len(self.series_device))
         place = np.arange(len(self.series_device)) - np.repeat(np.cumsum(each) - each, each)
         self.series_lane = (place >= self.telemetry_series[self.series_device]).astype(np.int8)
+        self._areas: dict[str, I64] = {}  # devices by subject of an override
         self._labels: dict[str, tuple[I32, dict[Any, int]]] = {}
 
     @cached_property
@@ -110,8 +111,11 @@ class Index:
         """Return the devices, ascending, that an override's subject means: one by its id, or those of an area."""
         if subject in self.device_index:
             return np.array([self.device_index[subject]], np.int64)
-        field, _, code = subject.partition(":")
-        return np.flatnonzero(self.having(field, code)) if field in AREAS and code else np.zeros(0, np.int64)
+        if subject not in self._areas:
+            field, _, code = subject.partition(":")
+            known = field in AREAS and code
+            self._areas[subject] = np.flatnonzero(self.having(field, code)) if known else np.zeros(0, np.int64)
+        return self._areas[subject]
 
     def label(self, field: str) -> tuple[I32, dict[Any, int]]:
         """Return the field's values as numbers by device, and which value has which number."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from streams.batch import Times
+from streams.batch import UNKNOWN, Times
 from streams.kernels import compiled
 from streams.kinds import absence, holding
 from streams.kinds.holding import (
@@ -80,6 +80,7 @@ class Conditions:
         self.life = fresh_life(table)
         remembers = getattr(table.kind, "MEMORY", None)
         self.memory: Structured = np.zeros(0 if remembers is None else len(table.rule), remembers or np.int8)
+        self._blank: Mask = np.ones(len(self.memory), np.bool_)  # instances that remember nothing yet
         # How many instances one series feeds at most: bounds the verdicts of a batch.
         self._fan = int(np.diff(table.links.start).max(initial=1))
 
@@ -122,13 +123,29 @@ class Conditions:
         life.state[active] = stored.array("picked" if stored.has("picked") else "state", kept.dtype, kept.shape)
 
     def know(self, times: Times) -> None:
-        """Take the guards' values from the last values of their series."""
+        """Take the guards' values from the last values of their series, and begin new memories with them."""
+        self._recall(times)
         links, gate = self.table.links, self.life.gate
         gate[:] = np.nan
         guards = np.flatnonzero(links.role != MAIN)
         if len(guards):
             series = np.searchsorted(links.start, guards, "right") - 1
             gate[self.table.side[links.instance[guards]], links.role[guards] - UNLESS] = times.last_v[series]
+
+    def _recall(self, times: Times) -> None:
+        """Let instances that remember nothing see the last values of their series; no verdict comes of it."""
+        table, blank = self.table, self._blank
+        self._blank = np.zeros(len(blank), np.bool_)
+        series = np.flatnonzero(times.last_t != UNKNOWN).astype(np.uint32) if blank.any() else np.zeros(0, np.uint32)
+        if not len(series):
+            return
+        kind: Any = table.kind
+        zeros, t = np.zeros(len(series), np.int64), times.last_t[series]
+        ones = np.ones(len(series), np.int8)
+        batch = Batch(zeros.astype(np.int32), t, times.last_v[series], series, ones, zeros, zeros)
+        seen, verdict = np.zeros_like(self.memory), np.empty(len(series) * self._fan, np.int8)
+        compiled(kind.judge)(batch, table.links, table.judged, table.rule, table.numbers, seen, verdict)
+        self.memory[blank] = seen[blank]
 
     def adopt(self, mine: I64, old: Watch, theirs: I64, same: Mask) -> None:
         """Carry state over; of a rule whose parameters changed only that it is raised, so that it can still clear."""
@@ -157,6 +174,8 @@ class Conditions:
         life.phase[instances] = np.where((phase == RAISED) | (phase == CLEARING), RAISED, IDLE)
         if len(self.memory):
             self.memory[instances] = np.zeros(1, self.memory.dtype)
+            self._blank[instances] = True
+            self._recall(times)
         if len(life.side):
             side = life.side[instances]
             life.seen[side[side >= 0]] = 0

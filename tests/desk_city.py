@@ -18,10 +18,11 @@ from citybrain.mailbox import Command, Mailbox
 from citybrain.model import Cell, Device, Edge, Evidence, Gateway, Place, Registry, Transition, Unit
 from rules.categories import load_categories
 from rules.files import library
-from streams.log import Kind, encode_transition
+from streams.log import Control, Kind, encode_transition
 from streams.logs import LogStore, SegmentStore
 from streams.registry import encode_registry
 from streams.ruleset import Rule, encode_ruleset
+from streams.runtimes.ingest import control_of
 
 T0 = 1_795_536_000_000  # 2026-11-24 16:00 UTC, just after midnight in Shanghai
 S, MIN = SECOND_MS, MINUTE_MS
@@ -131,6 +132,17 @@ class City:
         row = next(row for row in self.rows(commands) if row["id"] == id)
         return f"{row['result']}: {row['message']}"
 
+    def to_ingest(self) -> list[Control]:
+        """What ingest would write of its mailbox, in order; a registry becomes the one in force."""
+        box = Mailbox(self.layout.mailbox("ingest"))
+        controls = []
+        for name, command in box.take()[0]:
+            controls.append(control_of(command, T0))
+            if command.kind == "registry":
+                self.layout.write_active(Active(controls[-1].content, self.ruleset))
+            box.done(name)
+        return controls
+
     # --- what there is
 
     def rows(self, table: Table) -> list[dict[str, Any]]:
@@ -172,14 +184,14 @@ def invariants(city: City) -> None:
     by_incident = [row["incident"] for row in orders if row["kind"] != "rescue"]
     assert len(by_incident) == len(set(by_incident)), "two cases of one incident"
     rescued = [row["alarm"] for row in orders if row["kind"] == "rescue"]
-    life = [row["id"] for row in found if row["urgency"] == "life"]
+    life = [row["id"] for row in found if row["urgency"] == "life" and row["incident"] is not None]
     assert sorted(rescued) == sorted(life), "each life-safety alarm has one rescue"
     known = {row["id"]: row for row in city.rows(incidents)}
     for row in found:
         assert row["active"] == (row["state"] in ("unack", "acked"))
         assert row["open"] == (row["state"] != "closed")
         assert (row["due_at"] is None) == (row["state"] not in ("rtn_unack", "latched"))
-        if row["open"] and not row["active"] and row["urgency"] != "life":
+        if row["open"] and not row["active"] and row["urgency"] != "life" and row["incident"] is not None:
             assert known[row["incident"]]["open"], "an alarm that ended is held by an open incident only"
     assert all(row["kind"] == "maintenance" for row in orders if row["owner_system"] == "native")
     sent = {row["case_id"] for row in city.rows(outbox)}

@@ -85,6 +85,9 @@ OVERRIDES: dict[str, list[dict[str, Any]]] = {
     "flows": [differs({"grid": "g2"}, 6, count={"n": 2, "within": "9min"})],
     "quiet": [differs({"street": "s1", "tag": "far"}, 5, timeout="25s")],
     "gone": [differs({"device": "b"}, 8, timeout="3min")],
+    "drops": [differs({"zone": "z1"}, 7, fall=1.5)],
+    "same": [differs({"building": "h1"}, 5, reports=4), differs({"kind": "hydrant"}, 9, lasting="5s")],
+    "two": [differs({"zone": "z1"}, 3, off_delay="20s")],
 }
 VARIED_RULES = tuple(
     msgspec.structs.replace(rule, overrides=convert(OVERRIDES.get(rule.id, []), tuple[Override, ...], Lines("", None)))

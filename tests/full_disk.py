@@ -16,17 +16,24 @@ import pytest
 
 from api.desk import Desk
 from api.desk_process import Loop
-from citybrain.clock import system_clock
+from citybrain.clock import DAY_MS, RunClock, system_clock
 from citybrain.counters import Counters, read_heartbeats
 from citybrain.db.migrations import upgrade
 from citybrain.db.schema import alarms
 from citybrain.db.store import open_store
 from citybrain.errors import DiskFull
-from citybrain.layout import Run
+from citybrain.layout import Layout, Run
 from citybrain.model import Edge, Lane, Reading
 from gateway.spool import Spool
+from streams.history import frames
+from streams.history.manifest import read_manifest
+from streams.history.retention import Retention
+from streams.runtimes.history import HistoryProcess
 from tests.conftest import eventually
 from tests.desk_city import City
+from tests.engine_logs import START
+from tests.history_logs import busy_log
+from tests.history_logs import write as write_log
 from tests.test_ingest import NOW, Platform, encoded, reading
 
 MOST_BYTES = 8 * 1024 * 1024
@@ -164,6 +171,25 @@ def test_the_desk(tmp_path: Path, ballast: Ballast) -> None:
     (beat,) = read_heartbeats(city.layout.run)
     assert beat.counters["errors_total{stage=disk_full}"] >= 1
     city.close()
+
+
+def test_the_history(tmp_path: Path, ballast: Ballast) -> None:
+    """It keeps no half part, says so in its heartbeat, and goes on where it was."""
+    layout = Layout(tmp_path / "data")
+    layout.make()
+    log = busy_log(layout, 60, 1)
+    write_log(layout, log.records)
+    process = HistoryProcess(layout, [0], RunClock(START + DAY_MS, 0, 0.0), Retention())
+    process.start()
+    ballast.load()
+    assert process.step() is False
+    assert process.counters.values["errors_total{stage=disk_full}"] == 1
+    assert any("parquet: no space left" in text for text in process.counters.warnings)
+    assert read_manifest(process.compactors[0].folder).parts == ()
+    ballast.drop()
+    while process.step():
+        pass
+    assert list(frames(layout, 0, 0, len(log.records))) == log.records
 
 
 def test_a_database_that_is_made(tmp_path: Path, ballast: Ballast) -> None:

@@ -177,6 +177,7 @@ class Reference:
                 continue
             it.when = when
             it.phase, it.deadline, it.began = ("raised" if it.phase in ("raised", "clearing") else "idle"), None, []
+            self._recall(it)
             if it.kind == "absence":
                 it.due = self.live.get(it.device.gateway, 0) + it.ms("timeout")
 
@@ -186,6 +187,7 @@ class Reference:
             new.due = self.live.get(new.device.gateway, 0) + new.ms("timeout")
         if new.kind == "absence_platform":
             new.heard = self.record.received_at
+        self._recall(new)
         if old is None:
             return new
         if old.when == new.when:
@@ -195,6 +197,13 @@ class Reference:
         if old.phase in ("raised", "clearing"):
             new.phase, new.since, new.value = "raised", old.since, old.value
         return new
+
+    def _recall(self, it: Instance) -> None:
+        """A memory that is new begins with the last values."""
+        it.memory = {}
+        for metric in it.metrics if it.kind in JUDGES else ():
+            if (it.device.id, metric) in self.last:
+                JUDGES[it.kind](it, metric, *self.last[it.device.id, metric])
 
     def _fault(self, control: Control) -> None:
         ready = self.registry is not None and self.rules is not None
@@ -467,11 +476,13 @@ def needed(when: dict[str, Any]) -> int:
 def composite(it: Instance, metric: str, t: int, value: float) -> tuple[bool, bool]:
     """How many conditions are met, and how many would be if the stale ones still were."""
     met = stale = 0
+    latest = t
     for c, condition in enumerate(conditions(it.when)):
         if condition["metric"] == metric:
             before = it.memory.get(f"{c}", (t, False))[1]
             it.memory[f"{c}"] = (t, simple(condition, value, before=before))
         at, holds = it.memory.get(f"{c}", (None, False))
+        latest = max(latest, t if at is None else at)
         fresh = duration_ms(condition["fresh"]) if "fresh" in condition else 0
         if at is None or (fresh and t - at > fresh):
             if condition.get("unknown") == "met":
@@ -480,7 +491,7 @@ def composite(it: Instance, metric: str, t: int, value: float) -> tuple[bool, bo
                 stale += 1
         elif holds:
             met += 1
-    return met >= needed(it.when), met + stale < needed(it.when)
+    return met >= needed(it.when) and t >= latest, met + stale < needed(it.when)
 
 
 def simple(condition: dict[str, Any], value: float, *, before: bool) -> bool:

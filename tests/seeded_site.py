@@ -78,7 +78,7 @@ class Seeded:
             writer.append(Kind.CONTROL, self.now_ms, msgspec.json.encode(control))
             writer.commit()
 
-    def frame(self, values: list[tuple[str, str, int, float]], seq: int = 1) -> None:
+    def frame(self, values: list[tuple[str, str, int, float]], seq: int = 1, *, commit: bool = True) -> None:
         """Write one frame of (device, metric, time, value); all of one gateway."""
         gateway = self.index.device(values[0][0]).gateway
         number = self.index.gateway_index[gateway]
@@ -91,7 +91,8 @@ class Seeded:
         )
         writer = self.writers[self.index.gateways[number].shard]
         writer.append(Kind.FRAME, self.now_ms, payload)
-        writer.commit()
+        if commit:
+            writer.commit()
 
     def beat(self, *, without: tuple[str, ...] = ()) -> None:
         """Write fresh heartbeats of the processes that make a run live."""

@@ -108,6 +108,8 @@ def test_metrics_are_prometheus_text_by_component(api: httpx.Client) -> None:
     assert 'citybrain_received_total{component="worker"} 70.0' in text
     assert 'citybrain_rows{what="cases"} 5.0' in text
     assert 'citybrain_up{component="desk"} 1.0' in text
+    assert 'citybrain_lag_s{component="worker"} 0.25' in text
+    assert re.search(r"^citybrain_health [012]\.0$", text, re.MULTILINE)
     assert all(re.match(r"#|[a-z_]+(\{.*\})? [0-9.e+-]+$", line) for line in text.splitlines())
 
 

@@ -56,7 +56,7 @@ def test_only_the_owner_moves_a_case(stage: str, event: str) -> None:
     elif external is not None and native is not None:
         assert event == "void"
     if native is not None and event not in ("report", "void"):
-        assert event in ("order", "recovered", "came_back", "quiet")
+        assert event in ("order", "recovered", "came_back", "quiet", "take", "done", "not_needed", "reassign")
     if stage in FINISHED:
         assert external is None
         assert native is None

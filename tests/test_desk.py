@@ -360,11 +360,13 @@ ON_HYDRANTS = ("hydrant_pressure_low", "hydrant_tilted", "hydrant_offline")
 ON_LIFTS = ("elevator_trapped", "elevator_mains_lost", "elevator_door_failure")
 RULE_SUBJECTS = [*itertools.product(ON_HYDRANTS, HYDRANTS[:4]), *itertools.product(ON_LIFTS, LIFTS)]
 VERDICTS = ["confirmed", "false_alarm", "duplicate"]
+LEDGER = ["asset_commission", "asset_activate", "asset_retire", "asset_replace", "register_enter"]
 EVENT = st.one_of(
     st.tuples(st.sampled_from(["raise", "clear"]), st.sampled_from(RULE_SUBJECTS)),
     st.tuples(st.sampled_from(["acknowledge", "confirm", "reject"]), st.integers(1, 8)),
     st.tuples(st.just("verdict"), st.tuples(st.integers(1, 5), st.sampled_from(VERDICTS))),
     st.tuples(st.just("restart"), st.none()),
+    st.tuples(st.sampled_from(LEDGER), st.sampled_from([*HYDRANTS[:2], *LIFTS[:1]])),
 )
 HISTORY = st.lists(st.tuples(st.sampled_from([S, 20 * S, 4 * MIN, 31 * MIN]), EVENT), max_size=25)
 
@@ -382,6 +384,11 @@ def play(city: City, history: list[tuple[int, tuple[str, object]]]) -> None:
                 city.command(f"c{n:03d}", "verdict", body, "why", at=at)
             case "restart", _:
                 city.restart()
+            case _, str() as asset:
+                window = {"kind": "maintenance", "from_ms": T0 + at, "until_ms": T0 + at + MIN, "ruleset": city.ruleset}
+                body = {"asset": asset, "sensor": f"imei-{n}"} if what in LEDGER[:4] else {"subject": asset, **window}
+                city.command(f"c{n:03d}", what, body, "why", at=at)
+                city.to_ingest()
             case _:
                 city.command(f"c{n:03d}", what, {"alarm" if what == "acknowledge" else "incident": about}, "why", at=at)
         city.step(at)

@@ -13,7 +13,7 @@ import pytest
 from citybrain import cli, errors
 from citybrain.layout import Layout, Run
 from simulators.mapping import CONVERSIONS, Mapping
-from streams.runtimes.embedded import DEFAULTS
+from streams.runtimes.embedded import DEFAULTS, PORTS
 
 ROOT = Path(__file__).parents[1]
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ def test_every_exit_code_is_documented() -> None:
 
 
 def test_the_usual_ports_are_documented() -> None:
-    for port in (DEFAULTS.mqtt_port, DEFAULTS.api_port, DEFAULTS.platform_port):
+    for port in (getattr(DEFAULTS, field) for field in PORTS):
         assert f"127.0.0.1:{port}" in OPERATIONS
 
 

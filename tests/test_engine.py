@@ -459,6 +459,22 @@ def test_a_snapshot_of_another_version_shard_or_that_is_damaged_is_refused(log: 
             Engine(0, log.layout).restore(broken)
 
 
+def test_a_frozen_engine_is_not_moved_by_what_comes_after(log: Log) -> None:
+    log.ruleset(START, *RULES)
+    feed(log, "pressure_mpa", [(0, 2), (10, 2), (30, 4), (40, 6)])
+    cut = len(log.records)
+    feed(log, "pressure_mpa", [(60, 6), (75, 6), (90, 2), (120, 2)])
+    engine = Engine(0, log.layout)
+    before = engine.process(log.records[:cut])
+    frozen = engine.freeze()
+    after = engine.process(log.records[cut:])
+    again = Engine(0, log.layout)
+    again.restore(save_snapshot(*frozen))
+    assert again.offset == cut
+    assert again.process(log.records) == after
+    assert [t.edge for t in [*before, *after] if t.rule == "low"] == [Edge.RAISE, Edge.CLEAR, Edge.RAISE]
+
+
 def test_the_latest_values_are_read_from_a_snapshot(log: Log) -> None:
     log.ruleset(START, *RULES)
     feed(log, "flow_lps", [(0, 9), (7, 8)])

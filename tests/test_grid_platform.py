@@ -34,6 +34,7 @@ def data(number: str = "CB1", device: str = "hyd-000001", at: int = NOW, **other
         "number": number, "kind": "case", "category": "hydrant_damaged", "edition": "", "code": "", "title_zh": "损坏",
         "title_en": "damaged", "urgency": "normal", "subject": device, "lon": 120.15, "lat": 31.2, "cell": "c",
         "grid": "g", "street": "001", "address": "", "unit": "water", "area_owner": "street-001", "incident": 1,
+        "workstation": "w", "community": "m", "road": "r", "road_chief": "王",
         "stage": "reported", "observed_at": at, "opened_at": at, "deadline": at, "rescued_at": None,
         "evidence": '[{"device":"hyd-000001","why":"first"}]', **other,
     }  # fmt: skip

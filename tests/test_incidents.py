@@ -27,9 +27,10 @@ from streams.incidents import (
 from streams.ruleset import Confirm, Rule
 from tests.desk_city import MIN, RULES, S, make_registry
 
-LOW, TILTED, USE = RULES["hydrant_pressure_low"], RULES["hydrant_tilted"], RULES["hydrant_illegal_use"]
+LOW, TILTED = RULES["hydrant_pressure_low"], RULES["hydrant_tilted"]
+USE = msgspec.structs.replace(RULES["hydrant_illegal_use"], confirm=Confirm("after", Duration(20 * S)))
 TRAPPED, MAINS, DOOR = RULES["elevator_trapped"], RULES["elevator_mains_lost"], RULES["elevator_door_failure"]
-OFFLINE = RULES["hydrant_offline"]
+OFFLINE, DROP = RULES["hydrant_offline"], RULES["hydrant_pressure_drop"]
 DEVICES = {device.id: device for device in make_registry().devices}
 
 
@@ -225,6 +226,16 @@ def test_three_neighbours_are_a_burst_where_it_is_worst() -> None:
     two = case_subject([*three[:2], member(alarm=4, subject="d1")])
     assert two is not None
     assert two.category == "hydrant_no_pressure"
+
+
+def test_a_hydrant_that_drops_is_a_neighbour_of_one_that_is_low() -> None:
+    drops = [member(DROP, alarm, value=0.2, limit=None) for alarm in (1, 2)]
+    subject = case_subject([*drops, member(alarm=3, value=0.05)])
+    assert subject is not None
+    assert (subject.category, subject.lead.alarm, subject.place.alarm) == ("water_main_burst", 3, 3)
+    alone = case_subject([*drops, member(DROP, 4, subject="d2", value=0.1, limit=None)])
+    assert alone is not None
+    assert alone.category == "hydrant_no_pressure"
 
 
 def test_rescues_make_no_ordinary_case() -> None:

@@ -279,8 +279,8 @@ def test_commands_go_into_the_log_or_are_kept_aside(site: Site) -> None:
         ("registry", {}, "content hash"),
         ("ruleset", {"content": 5}, "content hash"),
         ("override", {"subject": "x"}, "rule"),
-        ("override", {"subject": "x", "rule": "*", "from_ms": 9, "until_ms": 9}, "from_ms < until_ms"),
-        ("override", {"subject": "x", "rule": "*", "from_ms": "1", "until_ms": 9}, "from_ms < until_ms"),
+        ("override", {"subject": "x", "rule": "*", "from_ms": 9, "until_ms": 8}, "from_ms <= until_ms"),
+        ("override", {"subject": "x", "rule": "*", "from_ms": "1", "until_ms": 9}, "from_ms <= until_ms"),
         ("confirm", {}, "expected one of"),
     ],
 )

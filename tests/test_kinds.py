@@ -375,3 +375,16 @@ def test_a_device_that_lacks_a_metric_is_watched_where_the_rule_can_hold_without
     assert tell(city, {"kind": "composite", "any": [lacking, has]}, [(1, 1)]) == ["raise 1"]
     met = lacking | {"unknown": "met"}
     assert tell(city, {"kind": "composite", "all": [met, has]}, [(2, 1)]) == ["raise 2"]
+
+
+def test_a_rule_that_changes_while_it_is_raised_knows_what_was_said_before(city: Log) -> None:
+    of = [{"metric": "pressure_mpa", "below": 2}, {"metric": "flow_lps", "above": 1}]
+    city.registry(START, REGISTRIES[0])
+    city.ruleset(START, make_rule("it", {"kind": "composite", "all": of}))
+    city.frame(START, "a", Lane.TELEMETRY, [("a1", "pressure_mpa", START, 1), ("a1", "flow_lps", START, 3)])
+    city.ruleset(START, make_rule("it", {"kind": "composite", "all": of, "off_delay": "1min"}))
+    later = START + 60_000
+    city.frame(later, "a", Lane.TELEMETRY, [("a1", "pressure_mpa", later, 1)])  # still low, and the flow is known
+    found = Engine(0, city.layout).process(city.records)
+    assert found == Reference(0, city.layout).process(city.records)
+    assert [t.edge.value for t in found] == ["raise"]

@@ -105,7 +105,7 @@ def test_containers_are_reached_through_loopback_only() -> None:
 
 def test_containers_run_commands_that_exist_and_say_how_they_are() -> None:
     once = {name for name, service in OURS.items() if service["restart"] == "no"}
-    assert once == {"prepare", "migrate", "provision"}
+    assert once == {"prepare", "migrate", "provision", "contract"}
     for name, service in OURS.items():
         command = service["command"]
         options = parser_for(command[0], commands()[command[0]].load())

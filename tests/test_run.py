@@ -20,7 +20,7 @@ from citybrain.clock import RunClock, real_unix_ms
 from citybrain.counters import Counters, Heartbeat
 from citybrain.errors import Unavailable, UsageError
 from citybrain.layout import Layout, Run
-from streams.runtimes.embedded import decide, lock, make_secrets
+from streams.runtimes.embedded import PORTS, decide, lock, make_secrets
 from streams.runtimes.supervisor import GRACE_S, LOG_BYTES, Failed, Part, Supervisor, cut_log
 from tests.conftest import end, eventually, unused_port
 
@@ -216,7 +216,7 @@ def test_alive_without_its_proof_is_not_ready(tmp_path: Path, heard: Heard) -> N
 
 
 def asked(**given: object) -> argparse.Namespace:
-    names = ("origin", "speed", "seed", "mqtt_port", "api_port", "platform_port", "api_host", "workers")
+    names = ("origin", "speed", "seed", *PORTS, "api_host", "workers", "size", "shards")
     return argparse.Namespace(**{name: given.get(name) for name in names}, prepare=bool(given.get("prepare")))
 
 
@@ -228,7 +228,7 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def remember(layout: Layout, **fields: object) -> Run:
-    ports = {"mqtt_port": unused_port(), "api_port": unused_port(), "platform_port": unused_port()}
+    ports = {name: unused_port() for name in PORTS}
     run = msgspec.convert({"clock": {"origin_ms": 5, "started_ms": 6, "speed": 60.0}, **ports, **fields}, Run)
     layout.write_run(run)
     return run
@@ -347,7 +347,7 @@ class Started:
 
 
 def arguments(data: Path, *more: str) -> list[str]:
-    ports = [f"--{name}-port={unused_port()}" for name in ("mqtt", "api", "platform")]
+    ports = [f"--{name.replace('_', '-')}={unused_port()}" for name in PORTS]
     return [sys.executable, "-m", "citybrain", "run", "--data", str(data), *ports, *more]
 
 
@@ -367,7 +367,7 @@ def test_everything_is_live_in_time(started: Started) -> None:
     assert started.live.get("live") is True, "see the logs in its run folder"
     assert isinstance(started.live["took_s"], float)
     assert started.live["took_s"] < 20
-    names = ("ingest", "worker", "desk", "api", "platform", "simulate")
+    names = ("ingest", "worker", "history", "desk", "api", "cloud", "platform", "operator", "simulate")
     assert all(started.pid(name) for name in names)
     assert len(started.descendants()) == len(names) + 1  # and the broker
     status = subprocess.run(

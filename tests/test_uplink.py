@@ -315,3 +315,16 @@ def test_a_damaged_message_is_stepped_over_once_everything_before_it_is_logged()
     ack(uplink, T, 2)
     assert [(m.header.seq, m.header.floor) for _, m in out(uplink, 0.2)] == [(4, 4), (5, 4), (6, 4)]
     assert uplink.counters.values["lost_total{reason=damaged}"] == 1
+
+
+def test_telemetry_waits_until_every_event_is_on_its_way() -> None:
+    spool = opened()
+    fill(spool, 3, T)
+    fill(spool, WINDOW_MESSAGES + 5, E)
+    uplink = linked(spool)
+    assert {where for where, _ in out(uplink, 0.0)} == {"event"}
+    assert out(uplink, 0.1) == []
+    ack(uplink, E, 4)
+    assert {where for where, _ in out(uplink, 0.2)} == {"event"}  # one is left behind the window
+    ack(uplink, E, 6)
+    assert [where for where, _ in out(uplink, 0.3)] == ["event", "telemetry", "telemetry", "telemetry"]

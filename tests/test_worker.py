@@ -6,24 +6,29 @@ import random
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from api.site import in_force, not_live
 from citybrain.clock import real_unix_ms, system_clock
 from citybrain.counters import Counters, Heartbeat, read_heartbeats, takes_of
+from citybrain.errors import EXIT_UNAVAILABLE, DiskFull, StorageError
 from citybrain.layout import Layout, Run
-from citybrain.model import Lane, Transition
+from citybrain.model import Edge, Lane, Transition
 from citybrain.segments import Reader, Writer
 from streams.engine import Engine
+from streams.log import FrameHead, Kind, pack_frame
 from streams.logs import SegmentStore
 from streams.runtimes.embedded import usual_workers, workers_of
 from streams.runtimes.snapshots import KEPT, restored_engine, snapshot_paths, write_snapshot
-from streams.runtimes.worker import ShardWorker, last_written
+from streams.runtimes.worker import READ_BYTES, ShardWorker, last_written
+from streams.warm import warm_engine
 from tests.conftest import end, eventually
 from tests.engine_logs import OTHER_RULES, REGISTRIES, RULES, START, Log
 from tests.faulty_files import LossyFiles
@@ -204,6 +209,76 @@ def test_what_was_written_last_is_found_across_segments(layout: Layout) -> None:
     assert last_written(SegmentStore(layout), 0) == (found[6].source, found[6].index)
 
 
+class NoSnapshots(LossyFiles):
+    """A disk that has room for all but whole files, until it fails altogether."""
+
+    failure: type[StorageError] = DiskFull
+
+    def replace(self, path: Path, data: bytes) -> None:
+        raise self.failure(f"{path}: {self.failure.__name__}")
+
+
+def test_a_snapshot_that_finds_no_room_is_told_and_one_that_fails_ends_the_worker(layout: Layout) -> None:
+    log, files = busy_log(layout, 60, seed=2), NoSnapshots()
+    writer = Writer(layout.log(0), files)
+    writer.start()
+    append(writer, log, 0, 40)
+    counters = Counters("worker", layout.run)
+    shard = ShardWorker(0, layout, counters, 0.0, files)
+    shard.start()
+    told = f"{layout.engine(0)}/{40:020d}.snapshot: DiskFull"
+    eventually(lambda: not shard.step() and counters.warnings == [told])
+    assert shard.safe == 0  # nothing on disk holds what was taken
+    files.failure = StorageError
+    append(writer, log, 40, 50)
+    with pytest.raises(StorageError, match=rf"{50:020d}\.snapshot: StorageError"):
+        eventually(lambda: shard.step() and False)
+
+
+# --- a month at once --------------------------------------------------------------------------------------------------
+
+
+def test_a_month_of_backlog_at_once_delays_nobody_else_and_needs_no_more_memory(layout: Layout) -> None:
+    """Gateway a brings 31 days, as ingest takes them in: many of its frames, then one of b, that is live."""
+    log, now = Log(layout), START + 31 * 86_400_000
+    log.registry(START, REGISTRIES[0])
+    log.ruleset(START, RULES[0])
+    writer = Writer(layout.log(0))
+    writer.start()
+    minutes, share = 31 * 24 * 60, 12 * 60
+    series = np.tile(np.array([log.index.series("a1", m) for m in ("pressure_mpa", "flow_lps")], np.uint32), share)
+    live_at = []
+    for first in range(0, minutes, share):
+        times = START + np.repeat(np.arange(first, first + share), 2) * 60_000
+        head = FrameHead(log.index.gateway_index["a"], Lane.TELEMETRY, 1, len(log.records), now, len(times), 0)
+        for _ in range(20):  # each told twenty times over: more bytes than a few reads take
+            log.add(Kind.FRAME, now, pack_frame(head, times, np.where(times // 60_000 % 90 < 9, 2.0, 6.0), series))
+        now += 25_000
+        live_at.append(len(log.records))
+        log.frame(now, "b", Lane.TELEMETRY, [("b1", "pressure_mpa", now, 2.0 if first else 6.0)])
+    append(writer, log, 0, len(log.records))
+    writer.close()
+    counters = Counters("worker", layout.run)
+    shard = ShardWorker(0, layout, counters, 30.0)
+    shard.start()
+    warm_engine()
+    tracemalloc.start()
+    shard.step()
+    others = [item for item in written(layout) if item.subject == "b1"]
+    assert [(item.source, item.received_at - item.at_ms) for item in others] == [(live_at[2], 5_000)]
+    assert shard.engine.offset < len(log.records)  # it was told while most of the month was still to come
+    while shard.step():
+        pass
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    shard.stop()
+    assert most < 4 * READ_BYTES < sum(len(record.payload) for record in log.records)
+    found = written(layout)
+    assert found == Engine(0, layout).process(log.records)
+    assert sum(item.subject == "a1" and item.edge == Edge.RAISE for item in found) == minutes // 90
+    assert shard.engine.counts["late"] > 0
+
+
 # --- several on one machine -------------------------------------------------------------------------------------------
 
 
@@ -232,6 +307,15 @@ def test_two_workers_share_the_shards_and_the_run_is_live_with_both_only(layout:
         writer.close()
     assert written(layout) == expected
     assert snapshot_paths(layout.engine(1))
+
+
+def test_a_second_worker_on_a_shard_is_refused(layout: Layout) -> None:
+    with worker(layout):
+        eventually(lambda: beat(layout) is not None)
+        argv = [sys.executable, "-m", "citybrain", "worker", "--data", str(layout.root)]
+        second = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert second.returncode == EXIT_UNAVAILABLE
+    assert "another worker has shard 0" in second.stderr
 
 
 def test_shards_are_dealt_out_to_the_workers() -> None:

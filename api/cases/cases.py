@@ -2,7 +2,7 @@
 
 Each case has one owner system. An *external* case (owned by the grid platform) is moved only by what the platform says;
 it may leave stages out, because messages may be lost to us that were not to it. A *native* one (maintenance) is moved
-by the desk alone.
+by the desk alone: by what its contractor does, and by its device, which alone says that it is well.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ STAGES = {
 FINISHED = frozenset({"closed", "void"})
 _BY_CHINESE = {zh: stage for stage, zh in STAGES.items()}
 _LINE = tuple(stage for stage in STAGES if stage not in ("returned", "void"))  # the way without detours
+WITH_CONTRACTOR = ("dispatched", "taken", "handled", "feedback")  # the stages of an open maintenance order
 VERDICTS = ("confirmed", "false_alarm", "duplicate")
 
 
@@ -45,6 +46,20 @@ def _external(owner: str) -> bool:
 
 def _native(owner: str) -> bool:
     return owner == "native"
+
+
+def _maintenance() -> list[Step]:
+    """What the contractor does with a maintenance order; that the device is well, only the device says."""
+    steps = [
+        Step("dispatched", "take", "taken", "taken_by_contractor", _native),
+        Step("dispatched", "done", "handled", "done_by_contractor", _native),
+        Step("taken", "done", "handled", "done_by_contractor", _native),
+        Step("feedback", "done", "closed", "done_and_well", _native),
+        Step("taken", "recovered", "feedback", "device_recovered", _native),
+        Step("handled", "recovered", "feedback", "device_recovered", _native),
+    ]
+    steps += [Step(stage, "reassign", "dispatched", "given_to_another", _native) for stage in ("dispatched", "taken")]
+    return steps + [Step(stage, "not_needed", "void", "not_needed", _native) for stage in WITH_CONTRACTOR]
 
 
 def _steps() -> list[Step]:
@@ -74,6 +89,7 @@ def _steps() -> list[Step]:
         Step("dispatched", "recovered", "feedback", "device_recovered", _native),
         Step("feedback", "came_back", "dispatched", "came_back", _native),
         Step("feedback", "quiet", "closed", "stayed_well", _native),
+        *_maintenance(),
     ]
     return steps
 

@@ -3,7 +3,6 @@
 const TEXTS = JSON.parse(document.getElementById("texts").textContent);
 const LANGUAGE = document.documentElement.lang;
 const REFRESH_MS = 2000;
-const NEEDED = ["ingest", "worker", "desk"];
 const state = { at: 0, speed: 1, asked: 0, heard: 0, listings: [] };
 
 function t(key, facts = {}) {
@@ -111,44 +110,107 @@ function alarm(item) {
     element("p", "soft", [t("field.since", { time: clock(item.raised_at) }), times, both(item.why_text), who].filter(Boolean).join(" · ")));
 }
 
+// Lengths of time as a person says them; the API says them the same way in its reasons.
+function span(seconds) {
+  const units = [[90, 1, "span.s"], [5400, 60, "span.min"], [129600, 3600, "span.h"], [Infinity, 86400, "span.d"]];
+  const [, unit, key] = units.find(([limit]) => seconds < limit);
+  return t(key, { amount: (seconds / unit).toFixed(seconds < 1 ? 2 : seconds < 10 ? 1 : 0) });
+}
+
+function size(bytes) {
+  let amount = bytes;
+  for (const unit of ["B", "kB", "MB", "GB"]) {
+    if (Math.abs(amount) < 1000) return `${amount.toFixed(unit === "B" ? 0 : 1)} ${unit}`;
+    amount /= 1000;
+  }
+  return `${amount.toFixed(1)} TB`;
+}
+
+function amounts(drops) {
+  return Object.entries(drops).map(([reason, count]) => `${code("drop", reason)} ${count}`).join(", ") || "0";
+}
+
+// Behind by more than this is worth a colour; what it means in words stands above, decided by the API.
+const SLOW_S = 2;
+const slow = (seconds) => (seconds > SLOW_S ? "soso" : "");
+
+function stages(lag) {
+  const head = element("tr", "", element("th", "", t("stage.name")), element("th", "", t("stage.now")), element("th", "", t("stage.p99")));
+  const rows = Object.entries(lag).map(([name, stage]) => element("tr", "",
+    element("th", "", code("stage", name)),
+    element("td", slow(stage.now_s), `${stage.now_s.toFixed(2)} s`),
+    element("td", slow(stage.p99_s), `${stage.p99_s.toFixed(2)} s`)));
+  return element("table", "", head, ...rows);
+}
+
+function late(gateway) {
+  const time = gateway.late_s === null ? t("status.never") : span(gateway.late_s);
+  return t("status.late", { gateway: gateway.id, late: time, spooled: gateway.spooled ?? 0 });
+}
+
+function disk(found) {
+  if (!found) return "?";
+  const used = t("status.disk_used", { percent: Math.round(found.used_share * 100), free: size(found.free_bytes), data: size(found.data_bytes) });
+  return found.grows_bytes_per_day === null ? used : `${used} · ${t("status.grows", { amount: size(found.grows_bytes_per_day) })}`;
+}
+
 function pipeline(status) {
-  const list = element("dl");
-  const dropped = Object.entries(status.dropped).map(([reason, count]) => `${code("drop", reason)} ${count}`).join(", ") || "0";
-  const gateways = status.gateways;
-  list.append(
-    ...pair("status.gateways", t("status.of_online", gateways)),
-    ...pair("status.offline", gateways.offline.join(", ")),
-    ...pair("status.lag_s", `${status.lag_s} s`),
-    ...pair("status.readings", status.readings.toLocaleString("en")),
-    ...pair("status.dropped", dropped),
-    ...pair("status.delivered", t("status.waiting", { total: status.delivered, waiting: status.undelivered })));
+  const { gateways, quarantine, outbox } = status;
+  const held = Object.entries(quarantine.devices).slice(0, 5).map(([device, count]) => `${device} ${count}`).join(", ");
+  const oldest = outbox.waiting ? span(outbox.oldest_s) : "0";
+  const online = [t("status.of_online", gateways), t("status.spooled", { amount: gateways.spooled })];
+  const list = element("dl", "",
+    ...pair("status.gateways", [...online, ...gateways.late.slice(0, 5).map(late)].join(" · ")),
+    ...pair("status.readings", t("status.per_s", { amount: status.readings_per_s, total: status.readings.toLocaleString("en") })),
+    ...pair("status.dropped", t("status.dropped_of", { recent: amounts(status.dropped_per_min), total: amounts(status.dropped) })),
+    ...pair("status.quarantine", held ? `${quarantine.messages} (${held})` : `${quarantine.messages}`),
+    ...pair("status.disk", disk(status.disk)),
+    ...pair("status.delivered", t("status.delivered_of", { total: status.delivered, waiting: outbox.waiting, oldest })
+      + (outbox.dead ? ` · ${t("status.dead", { count: outbox.dead })}` : "")));
+  const processes = element("dl");
   for (const [name, process] of Object.entries(status.processes)) {
     const words = element("dd", "", element("span", process.ready ? "good" : "bad", how(process)),
-      ` · ${t("process.age", { seconds: process.age_s })}`);
-    list.append(element("dt", "", name), words);
+      ` · ${t("process.age", { seconds: process.age_s })}`,
+      process.restarts ? ` · ${t("status.restarts", { count: process.restarts })}` : "");
+    processes.append(element("dt", "", name), words);
   }
-  return list;
+  return [stages(status.lag), list, processes];
 }
 
 function how(process) {
-  if (!process) return t("process.absent");
   return t(process.ready ? "process.ready" : process.live ? "process.live" : "process.silent");
 }
 
+const SIGNS = { well: "●", degraded: "▲", down: "■" };
+
+// Where not all is well the details open by themselves, once; after that they are as their reader leaves them.
+let opened = false;
+
+function health(status) {
+  const { level, text, reasons } = status.health;
+  const words = reasons.map((reason) => both(reason.text));
+  const calm = t("health.calm", {
+    readings: status.readings_per_s, online: status.gateways.online, total: status.gateways.total,
+    lag: Math.max(...Object.values(status.lag).map((stage) => stage.now_s)).toFixed(2),
+  });
+  document.getElementById("health").className = level;
+  document.getElementById("level").textContent = `${SIGNS[level]} ${both(text)}`;
+  document.getElementById("reasons").textContent = words.slice(0, 2).join(" · ") || calm;
+  if (level !== "well" && !opened) document.getElementById("inside").open = opened = true;
+  document.getElementById("further").textContent = words.slice(2).join(" · ");
+}
+
 function header(status) {
-  const live = document.getElementById("live");
-  live.textContent = t(status.live ? "page.live" : "page.not_live");
-  live.className = `chip ${status.live ? "good" : "bad"}`;
-  const silent = NEEDED.filter((name) => !status.processes[name]?.ready);
-  document.getElementById("missing").textContent = silent.map((name) => `${name} ${how(status.processes[name])}`).join(" · ");
   document.getElementById("speed").textContent = status.speed === 1 ? "" : t("page.speed", { speed: status.speed });
   const title = t("page.title");
-  document.title = status.rescues_open ? `(${status.rescues_open}) ${title}` : title;
+  const front = status.rescues_open ? `(${status.rescues_open}) ` : "";
+  document.title = status.health.level === "down" ? `${front}■ ${title}` : front + title;
 }
 
 // The most pressing first (alarms: what still holds before what is over); within that, what waits longest for its rescue, or came last.
 const RANK = { life: 0, urgent: 1, normal: 2, watch: 3 };
 const byUrgency = (one, other) => RANK[one.urgency] - RANK[other.urgency];
+const byDeadline = (one, other) => one.deadline - other.deadline;
 const byAlarm = (one, other) =>
   other.active - one.active || byUrgency(one, other) || (one.state !== "unack") - (other.state !== "unack");
 const byWaiting = (one, other) => (one.rescued_at !== null) - (other.rescued_at !== null) || one.observed_at - other.observed_at;
@@ -158,7 +220,7 @@ const LISTS = [
   ["cases", "v1/cases?kind=case&state=open&limit=50", workOrder, byUrgency],
   ["incidents", "v1/incidents?state=open&limit=50", incident, byUrgency],
   ["alarms", "v1/alarms?state=open&limit=100", alarm, byAlarm],
-  ["maintenance", "v1/cases?kind=maintenance&state=open&limit=20", workOrder, byUrgency],
+  ["maintenance", "v1/cases?kind=maintenance&state=open&limit=20", workOrder, byDeadline],
   ["closed", "v1/cases?state=closed&limit=8", workOrder, () => 0],
 ];
 
@@ -186,11 +248,13 @@ async function refresh() {
     Object.assign(state, { at: status.at, speed: status.speed, asked: performance.now(), heard: performance.now() });
     state.listings = LISTS.map(([name, , draw, order], index) => [name, pages[index], draw, order]);
     header(status);
-    document.getElementById("pipeline").replaceChildren(pipeline(status));
+    health(status);
+    document.getElementById("pipeline").replaceChildren(...pipeline(status));
     show();
     document.getElementById("contact").hidden = true;
   } catch (error) {
     console.warn(error);
+    document.getElementById("health").className = "connecting";
     const contact = document.getElementById("contact");
     contact.textContent = t("page.no_contact", { seconds: Math.round((performance.now() - state.heard) / 1000) });
     contact.hidden = false;

@@ -21,6 +21,11 @@ CASE_UPDATED = "cn.citybrain.case.updated"  # category, place or evidence change
 CASE_RECOVERED = "cn.citybrain.case.recovered"  # the sensors say that it is over (a rescue: 解困)
 
 
+PLACE = (
+    "lon", "lat", "cell", "grid", "workstation", "community", "street", "road", "road_chief", "address",
+)  # fmt: skip
+
+
 class CloudEvent(msgspec.Struct, frozen=True, omit_defaults=False):
     """The envelope. `subject` is the case's number; `time` is platform time."""
 
@@ -48,7 +53,7 @@ def case_data(
         "urgency": case["urgency"],
         "device": case["subject"],
         "members": sorted({line["device"] for line in evidence}),
-        "place": {name: case[name] for name in ("lon", "lat", "cell", "grid", "street", "address")},
+        "place": {name: case[name] for name in PLACE},
         "unit": {"code": case["unit"], "zh": unit[0], "en": unit[1]},
         "area_owner": {"code": case["area_owner"], "zh": owner[0], "en": owner[1]},
         "incident": case["incident"],

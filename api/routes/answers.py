@@ -55,6 +55,10 @@ class CasePlace(Place):
 
     grid: str = Field(description="responsibility grid")
     street: str = Field(description="street digits")
+    workstation: str = Field(default="", description="block workstation; empty where the district has none")
+    community: str = Field(default="", description="residential area")
+    road: str = Field(default="", description="code of the road")
+    road_chief: str = Field(default="", description="who answers for the road (路长)")
 
 
 class Latest(BaseModel):
@@ -76,6 +80,8 @@ class Device(BaseModel):
     building: str
     name: str
     tags: list[str]
+    sensor: str = Field(default="", description="its name on the wire")
+    mode: str = Field(default="active", description="active | commissioning: its alarms open no case")
     place: Place
     values: dict[str, Latest]
 
@@ -223,6 +229,39 @@ class CaseDetail(Case):
     deliveries: list[Delivery]
 
 
+class Order(Case):
+    """A maintenance order."""
+
+    gateway: str = Field(description="of the device, its own id for a gateway; empty where the device is gone")
+    overdue: bool
+
+
+class Round(BaseModel):
+    """Orders that stand close together: of one gateway in one street. The one that is due first comes first."""
+
+    street: str
+    gateway: str
+    overdue: int
+    orders: list[Order]
+
+
+class Contractor(BaseModel):
+    """The orders of one unit."""
+
+    unit: Named
+    orders: int
+    overdue: int
+    rounds: list[Round]
+
+
+class Maintenance(BaseModel):
+    """Maintenance orders by contractor and round."""
+
+    contractors: list[Contractor]
+    total: int
+    left_off: int = Field(description="how many there are beyond `limit`; those that are due later")
+
+
 class Accepted(BaseModel):
     """A command that is stored; ask `/v1/commands/{command}` what became of it."""
 
@@ -246,12 +285,22 @@ class CommandState(BaseModel):
 class Process(BaseModel):
     """One process, by its last heartbeat."""
 
+    role: str = Field(description="what it does; of several with one role each has a part of the shards")
     pid: int
     live: bool
     ready: bool
     age_s: float
     started: int = Field(description="real time, Unix ms")
+    restarts: int = Field(description="how often it had to be started again")
     warnings: list[str]
+
+
+class LateGateway(BaseModel):
+    """A gateway of which nothing was heard for 90 s of platform time."""
+
+    id: str
+    late_s: float | None = Field(description="platform seconds since it was heard; null: never")
+    spooled: int | None = Field(description="messages that waited in its spool when it last said so")
 
 
 class Gateways(BaseModel):
@@ -260,30 +309,94 @@ class Gateways(BaseModel):
     online: int
     total: int
     offline: list[str]
+    late: list[LateGateway] = Field(description="those that are not, the longest silent first")
+    spooled: int = Field(description="messages that wait in all gateways' spools, as they last said")
+
+
+class Stage(BaseModel):
+    """How far a stage is behind, by the slowest of its processes; real seconds."""
+
+    now_s: float
+    p50_s: float = Field(description="of the last 5 minutes")
+    p99_s: float = Field(description="of the last 5 minutes")
+    process: str
+    up_s: float | None = Field(description="how long that process is up; null: there is none")
+
+
+class HealthReason(BaseModel):
+    """One thing that is not as it should be."""
+
+    level: str = Field(description="degraded | down")
+    code: str
+    text: Text
+
+
+class Condition(BaseModel):
+    """How the pipeline does, and why; the most pressing reason first."""
+
+    level: str = Field(description="well | degraded | down")
+    text: Text
+    reasons: list[HealthReason]
+
+
+class Quarantine(BaseModel):
+    """Messages of devices that nobody has provisioned; they are used once their device is adopted."""
+
+    messages: int
+    devices: dict[str, int] = Field(description="`gateway/device` and its messages, those with most first")
+
+
+class DiskState(BaseModel):
+    """The disk that the data folder is on. Days are real ones."""
+
+    total_bytes: int
+    free_bytes: int
+    used_share: float
+    data_bytes: int = Field(description="what the data folder takes")
+    grows_bytes_per_day: float | None = Field(description="null until it has been watched for 5 minutes")
+    full_in_days: float | None = Field(description="if it goes on like this; null where it does not grow")
+
+
+class OutboxState(BaseModel):
+    """What is on its way to the grid platform."""
+
+    waiting: int
+    oldest_s: float = Field(description="how long the oldest message waits, real seconds")
+    dead: int = Field(description="given up: the platform refused them for good")
 
 
 class Status(BaseModel):
     """The whole run in one object; `citybrain status --json` prints it."""
 
+    health: Condition
     live: bool
     missing: list[str] = Field(description="why it is not live")
     run: str = Field(description="what tells this run from another")
     at: int = Field(description="platform time")
     speed: float = Field(description="platform seconds per real second")
-    readings: int = Field(description="values accepted by ingest since the first start")
-    dropped: dict[str, int] = Field(description="what was not used, by reason")
+    readings: int = Field(description="readings accepted by ingest since the first start")
+    readings_per_s: float = Field(description="in the last minute, real time")
+    dropped: dict[str, int] = Field(description="what was not used since the first start, by reason")
+    dropped_per_min: dict[str, float] = Field(description="what was not used in the last minute, by reason")
     alarms_open: int
     incidents_open: int
     cases: int = Field(description="all cases, rescues and maintenance orders ever opened")
     rescues: int
     rescues_open: int
     maintenance: int
+    maintenance_open: int
+    maintenance_overdue: int
     cases_open: int
     delivered: int
     undelivered: int
     closed: int
     lag_s: float = Field(description="how far the slowest process is behind, platform seconds")
+    lag: dict[str, Stage] = Field(description="ingest, worker, desk, outbox")
     gateways: Gateways
+    quarantine: Quarantine
+    disk: DiskState | None = Field(description="null where it cannot be read")
+    outbox: OutboxState
+    restarts: dict[str, int] = Field(description="how often a process had to be started again")
     processes: dict[str, Process]
 
 

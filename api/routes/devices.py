@@ -87,4 +87,5 @@ def _device(site: Site, device: Device) -> answers.Device:
     }
     plain = {name: getattr(device, name) for name in ("id", "kind", "gateway", "zone", "building", "name")}
     place = answers.Place.model_validate(msgspec.to_builtins(device.place))
+    plain |= {"sensor": device.wire_id, "mode": device.mode}
     return answers.Device(**plain, tags=list(device.tags), place=place, values=values)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 
+import msgspec
 from fastapi import APIRouter, Response
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from sqlalchemy import Connection, func, select
 
+from api import vitals
+from api.disk import Disk
+from api.health import LEVELS, LIMITS, Late, Reason, Stage, judge, level_of
 from api.routes import answers, rows
-from api.site import PIPELINE, Here, Problem, Site, in_force, not_live, ready
+from api.site import Here, Problem, Site, not_live, ready, role_of
 from api.status import run_name
 from citybrain.clock import real_unix_ms
-from citybrain.counters import Heartbeat
+from citybrain.counters import BOUNDS_S, Heartbeat
 from citybrain.db.schema import alarms, cases, incidents, outbox
 
 router = APIRouter(tags=["health"])
 
-GATEWAY_SILENT_MS = 90_000  # as the rule gateway_offline has it
-OURS = (*PIPELINE, "api")
-_LABELLED = re.compile(r"^(?P<name>\w+)\{(?P<label>\w+)=(?P<value>.*)\}$")
 PREFIX = "citybrain_"
 
 
@@ -48,35 +51,67 @@ def status(site: Here) -> answers.Status:
     beats, now_ms = site.heartbeats(), real_unix_ms()
     missing = not_live(beats, now_ms, site.run.shards)
     counts = database_counts(site)
+    known = vitals.gather(site, beats, now_ms, counts["undelivered"])
+    readings, per_min = vitals.taken(beats, now_ms)
+    waiting, devices = vitals.quarantine(beats)
     return answers.Status(
+        health=condition(judge(known)),
         live=not missing,
         missing=missing,
         run=run_name(site.run),
         at=site.clock.now_ms(),
         speed=site.run.clock.speed,
-        readings=sum(beat.counters.get("readings_total", 0) for beat in ours(beats, site.run.shards, "ingest")),
-        dropped=dropped(ours(beats, site.run.shards)),
-        lag_s=lag_s(ours(beats, site.run.shards)),
-        gateways=gateways(site),
+        readings=readings,
+        readings_per_s=round(per_min / 60, 1),
+        dropped=vitals.dropped(beats),
+        dropped_per_min=vitals.dropped_per_min(beats, now_ms),
+        lag_s=lag_s(vitals.ours(beats)),
+        lag={name: _stage(stage) for name, stage in known.stages.items()},
+        gateways=gateways(site, known.late),
+        quarantine=answers.Quarantine(messages=waiting, devices=devices),
+        disk=disk_state(known.disk),
+        outbox=answers.OutboxState(
+            waiting=counts["undelivered"] - counts["dead"], oldest_s=known.outbox_s, dead=counts.pop("dead")
+        ),
+        restarts=vitals.restarts(beats),
         processes=processes(beats, now_ms),
         **counts,
     )
 
 
-def ours(beats: Mapping[str, Heartbeat], shards: int, *roles: str) -> list[Heartbeat]:
-    """Return our own processes that have the shards now, of these roles or of all."""
-    return [beat for role in roles or OURS for beat in in_force(beats, role, shards)]
+def condition(reasons: Iterable[Reason]) -> answers.Condition:
+    """Return the judgement in both languages."""
+    found = list(reasons)
+    level = level_of(found)
+    return answers.Condition(
+        level=level,
+        text=rows.named("health", level),
+        reasons=[
+            answers.HealthReason(
+                level=reason.level, code=reason.code, text=answers.Text(zh=reason.text("zh"), en=reason.text("en"))
+            )
+            for reason in found
+        ],
+    )
 
 
-def dropped(beats: Iterable[Heartbeat]) -> dict[str, int]:
-    """Return what our own processes did not use, by reason."""
-    found: dict[str, int] = {}
-    for beat in beats:
-        for key, amount in beat.counters.items():
-            match = _LABELLED.match(key)
-            if match and match["name"] == "dropped_total" and amount:
-                found[match["value"]] = found.get(match["value"], 0) + amount
-    return dict(sorted(found.items()))
+def _stage(stage: Stage) -> answers.Stage:
+    up_s = stage.up_s if math.isfinite(stage.up_s) else None
+    return answers.Stage(now_s=stage.now_s, p50_s=stage.p50_s, p99_s=stage.p99_s, process=stage.process, up_s=up_s)
+
+
+def disk_state(disk: Disk | None) -> answers.DiskState | None:
+    """Return what is known of the disk."""
+    if disk is None:
+        return None
+    return answers.DiskState(
+        total_bytes=disk.total,
+        free_bytes=disk.free,
+        used_share=round(disk.used_share, 4),
+        data_bytes=disk.data,
+        grows_bytes_per_day=disk.grows_per_day,
+        full_in_days=disk.full_in_days,
+    )
 
 
 def lag_s(beats: Iterable[Heartbeat]) -> float:
@@ -86,40 +121,54 @@ def lag_s(beats: Iterable[Heartbeat]) -> float:
 
 def processes(beats: Mapping[str, Heartbeat], now_ms: int) -> dict[str, answers.Process]:
     """Return every process by its last heartbeat."""
+    again = vitals.restarts(beats)
     return {
         name: answers.Process(
+            role=role_of(name),
             pid=beat.pid,
             live=beat.live(now_ms),
             ready=beat.live(now_ms) and ready(beat),
             age_s=round((now_ms - beat.at) / 1000, 1),
             started=beat.started,
+            restarts=again.get(name, 0),
             warnings=beat.warnings[-5:],
         )
         for name, beat in sorted(beats.items())
     }
 
 
-def gateways(site: Site) -> answers.Gateways:
-    """Return how many gateways are heard, and which are not."""
+def gateways(site: Site, late: Iterable[Late]) -> answers.Gateways:
+    """Return how many gateways are heard, which are not, and what waits in their spools."""
     all_ids = [gateway.id for gateway in site.latest.registry.gateways]
-    offline = [gateway for gateway in all_ids if not online(site, gateway)]
-    return answers.Gateways(online=len(all_ids) - len(offline), total=len(all_ids), offline=offline)
+    found = [answers.LateGateway(**msgspec.to_builtins(each)) for each in late]
+    return answers.Gateways(
+        online=len(all_ids) - len(found),
+        total=len(all_ids),
+        offline=[each.id for each in found],
+        late=found,
+        spooled=sum(vitals.spooled(site, gateway) or 0 for gateway in all_ids),
+    )
 
 
 def online(site: Site, gateway: str) -> bool:
     """Return whether a message of the gateway came in the last 90 s of platform time."""
     seen = site.latest.seen(gateway)
     newest = max(seen.received_at or 0, seen.observed_at or 0)
-    return site.clock.now_ms() - newest <= GATEWAY_SILENT_MS
+    return site.clock.now_ms() - newest <= LIMITS.gateway_silent_ms
 
 
 def database_counts(site: Site) -> dict[str, int]:
     """Return the status's counts of rows; zeros while the desk has not made its database."""
     try:
         with site.database() as db:
-            return _counts(db)
+            return _counts(db) | {"maintenance_overdue": _overdue(db, site.clock.now_ms())}
     except Problem:
-        return dict.fromkeys(_COUNTS, 0)
+        return dict.fromkeys([*_COUNTS, "maintenance_overdue"], 0)
+
+
+def _overdue(db: Connection, now_ms: int) -> int:
+    where = (cases.c.kind == "maintenance", cases.c.closed_at.is_(None), cases.c.deadline < now_ms)
+    return int(db.execute(select(func.count()).where(*where)).scalar_one())
 
 
 _COUNTS = {
@@ -129,10 +178,12 @@ _COUNTS = {
     "rescues": select(func.count()).where(cases.c.kind == "rescue"),
     "rescues_open": select(func.count()).where(cases.c.kind == "rescue", rows.OPEN),
     "maintenance": select(func.count()).where(cases.c.kind == "maintenance"),
+    "maintenance_open": select(func.count()).where(cases.c.kind == "maintenance", cases.c.closed_at.is_(None)),
     "cases_open": select(func.count()).where(cases.c.closed_at.is_(None)),
     "closed": select(func.count()).where(cases.c.closed_at.is_not(None)),
     "delivered": select(func.count()).where(outbox.c.state == "delivered"),
     "undelivered": select(func.count()).where(outbox.c.state != "delivered"),
+    "dead": select(func.count()).where(outbox.c.state == "dead"),
 }
 
 
@@ -160,36 +211,102 @@ def _metrics(site: Site) -> list[Metric]:
     rows = GaugeMetricFamily(PREFIX + "rows", "what the desk's database holds", labels=["what"])
     for name, count in database_counts(site).items():
         rows.add_metric([name], count)
-    return [up, age, rows, *_counter_families(beats), *_gauge_families(beats)]
+    return [
+        up,
+        age,
+        rows,
+        *_counter_families(beats),
+        *_gauge_families(beats),
+        *_delay_families(beats),
+        *_site_families(site, beats, now_ms),
+    ]
+
+
+Sample = tuple[str, str, str, float]  # component, label, its value, amount
 
 
 def _counter_families(beats: Mapping[str, Heartbeat]) -> list[Metric]:
-    """One family a counter name; components may give it different labels, so all of them stand on every sample."""
-    samples: dict[str, list[tuple[str, str, str, int]]] = {}
-    for component, beat in sorted(beats.items()):
-        for key, amount in beat.counters.items():
-            match = _LABELLED.match(key)
-            name, label, value = (match["name"], match["label"], match["value"]) if match else (key, "", "")
-            samples.setdefault(name.removesuffix("_total"), []).append((component, label, value, amount))
     found: list[Metric] = []
-    for name, taken in sorted(samples.items()):
-        labels = sorted({label for _, label, _, _ in taken if label})
-        family = CounterMetricFamily(PREFIX + _safe(name), f"{name}, by component", labels=["component", *labels])
-        for component, label, value, amount in taken:
-            family.add_metric([component, *(value if each == label else "" for each in labels)], amount)
+    for name, samples in _by_name((component, beat.counters) for component, beat in sorted(beats.items())).items():
+        bare = name.removesuffix("_total")
+        labels = _labels(samples)
+        family = CounterMetricFamily(PREFIX + _safe(bare), f"{bare}, by component", labels=["component", *labels])
+        _fill(family, samples, labels)
         found.append(family)
     return found
 
 
 def _gauge_families(beats: Mapping[str, Heartbeat]) -> list[Metric]:
-    names = sorted({name for beat in beats.values() for name in beat.gauges})
     found: list[Metric] = []
-    for name in names:
-        family = GaugeMetricFamily(PREFIX + _safe(name), f"{name}, by component", labels=["component"])
-        for component, beat in sorted(beats.items()):
-            if name in beat.gauges:
-                family.add_metric([component], beat.gauges[name])
+    for name, samples in _by_name((component, beat.gauges) for component, beat in sorted(beats.items())).items():
+        labels = _labels(samples)
+        family = GaugeMetricFamily(PREFIX + _safe(name), f"{name}, by component", labels=["component", *labels])
+        _fill(family, samples, labels)
         found.append(family)
+    return found
+
+
+def _by_name(told: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, list[Sample]]:
+    """Return what components told, by the name before the label."""
+    found: dict[str, list[Sample]] = {}
+    for component, values in told:
+        for key, amount in values.items():
+            match = vitals.LABELLED.match(key)
+            name, label, value = (match["name"], match["label"], match["value"]) if match else (key, "", "")
+            found.setdefault(name, []).append((component, label, value, amount))
+    return dict(sorted(found.items()))
+
+
+def _labels(samples: Iterable[Sample]) -> list[str]:
+    return sorted({label for _, label, _, _ in samples if label})
+
+
+def _fill(family: CounterMetricFamily | GaugeMetricFamily, samples: Iterable[Sample], labels: list[str]) -> None:
+    """Add samples; components may give a name different labels, so all of them stand on every sample."""
+    for component, label, value, amount in samples:
+        family.add_metric([component, *(value if each == label else "" for each in labels)], amount)
+
+
+def _delay_families(beats: Mapping[str, Heartbeat]) -> list[Metric]:
+    """A histogram of every delay, by component."""
+    found: list[Metric] = []
+    for name in sorted({name for beat in beats.values() for name in beat.delays}):
+        words = f"{name} of what was taken, real seconds, by component"
+        family = HistogramMetricFamily(
+            PREFIX + _safe(f"{name.removesuffix('_s')}_seconds"), words, labels=["component"]
+        )
+        for component, beat in sorted(beats.items()):
+            if name in beat.delays:
+                family.add_metric([component], _buckets(beat.delays[name].counts), None)
+        found.append(family)
+    return found
+
+
+def _buckets(counts: tuple[int, ...]) -> list[tuple[str, float]]:
+    """Return cumulative counts by their upper bound, as Prometheus wants them."""
+    bounds = [*(f"{bound:g}" for bound in BOUNDS_S), "+Inf"]
+    return list(zip(bounds, map(float, accumulate(counts)), strict=True))
+
+
+def _site_families(site: Site, beats: Mapping[str, Heartbeat], now_ms: int) -> list[Metric]:
+    """What no process counts: the judgement, the gateways, the disk."""
+    known = vitals.gather(site, beats, now_ms, 0)
+    late = GaugeMetricFamily(PREFIX + "gateway_late_seconds", "platform seconds, of silent ones", labels=["gateway"])
+    for each in known.late:
+        late.add_metric([each.id], -1.0 if each.late_s is None else each.late_s)
+    waiting = GaugeMetricFamily(
+        PREFIX + "gateway_spooled", "messages in its spool, as it last said", labels=["gateway"]
+    )
+    for gateway in site.latest.registry.gateways:
+        if (amount := vitals.spooled(site, gateway.id)) is not None:
+            waiting.add_metric([gateway.id], amount)
+    level = LEVELS.index(level_of(judge(known)))
+    found: list[Metric] = [GaugeMetricFamily(PREFIX + "health", "0 well, 1 degraded, 2 down", level), late, waiting]
+    if known.disk is not None:
+        for name, size in (("free", known.disk.free), ("total", known.disk.total), ("data", known.disk.data)):
+            found.append(
+                GaugeMetricFamily(f"{PREFIX}disk_{name}_bytes", f"{name} bytes of the data folder's disk", size)
+            )
     return found
 
 

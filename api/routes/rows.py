@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import ColumnElement, Connection, RowMapping, Table, and_, func, or_, select
 
+from api.platforms.events import PLACE
 from api.routes import answers
 from api.site import Problem, Site
 from citybrain.db.schema import alarms, cases, timeline
@@ -177,7 +178,7 @@ def case(site: Site, row: RowMapping) -> dict[str, Any]:
     return {
         **row,
         "title": {"zh": row["title_zh"], "en": row["title_en"]},
-        "place": {name: row[name] for name in ("lon", "lat", "cell", "grid", "street", "address")},
+        "place": {name: row[name] for name in PLACE},
         "unit": unit(site, row["unit"]),
         "area_owner": unit(site, row["area_owner"]),
         "open": is_open(row),

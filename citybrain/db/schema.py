@@ -134,6 +134,10 @@ cases = Table(
     Column("grid", String, nullable=False),
     Column("street", String, nullable=False),
     Column("address", String, nullable=False),
+    Column("workstation", String, nullable=False, server_default=""),
+    Column("community", String, nullable=False, server_default=""),
+    Column("road", String, nullable=False, server_default=""),
+    Column("road_chief", String, nullable=False, server_default=""),
     Column("unit", String, nullable=False),
     Column("area_owner", String, nullable=False),
     Column("stage", String, nullable=False),  # api.cases.CASE
@@ -168,7 +172,7 @@ timeline = Table(
     metadata,
     Column("id", Id, primary_key=True),
     Column("at", BigInteger, nullable=False),
-    Column("entity", String, nullable=False),  # alarm | incident | case
+    Column("entity", String, nullable=False),  # alarm | incident | case | asset | register
     Column("entity_id", BigInteger, nullable=False),
     Column("event", String, nullable=False),
     Column("before", String, nullable=False),
@@ -209,4 +213,88 @@ commands = Table(
     Column("message", String, nullable=False),
     Column("reason", String, nullable=False),
     UniqueConstraint("id"),
+)
+
+# --- the ledger (台账): docs/ledger.md. Its version stands in `meta`; every row is also in the change that brought it.
+
+assets = Table(
+    "assets",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("code", String, nullable=False, unique=True),
+    Column("kind", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("state", String, nullable=False),  # api.assets.book.ASSET
+    Column("lon", Float, nullable=False),  # degrees, CGCS2000
+    Column("lat", Float, nullable=False),
+    Column("cell", String, nullable=False),
+    Column("grid", String, nullable=False),  # of the cell, for lists
+    Column("street", String, nullable=False),
+    Column("road", String, nullable=False),
+    Column("address", String, nullable=False),
+    Column("zone", String, nullable=False),
+    Column("building", String, nullable=False),
+    Column("gateway", String, nullable=False),
+    Column("maintainer", String, nullable=False),
+    Column("sensor", String, nullable=False),  # what it carries now
+    Column("since", BigInteger, nullable=False),
+    Column("until", BigInteger),
+    Column("body", Text, nullable=False),  # json api.assets.book.Asset
+    Index("assets_by_kind", "kind", "code"),
+    Index("assets_by_sensor", "sensor"),
+)
+
+sensors = Table(
+    "sensors",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("sensor", String, nullable=False),  # its name on the wire
+    Column("asset", String, nullable=False),
+    Column("installed_at", BigInteger, nullable=False),
+    Column("removed_at", BigInteger),
+    Column("reason", String, nullable=False),
+    UniqueConstraint("asset", "sensor", "installed_at"),
+    Index("sensors_by_name", "sensor"),
+)
+
+organisation = Table(
+    "organisation",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("kind", String, nullable=False),  # gateways | units | areas | zones | cells | roads | shapes
+    Column("key", String, nullable=False),
+    Column("body", Text, nullable=False),  # json of its struct
+    UniqueConstraint("kind", "key"),
+    comment="what stands around the assets: read and written whole, looked up by key",
+)
+
+registers = Table(
+    "registers",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("kind", String, nullable=False),  # use | maintenance
+    Column("subject", String, nullable=False),
+    Column("rules", Text, nullable=False),  # json
+    Column("from_ms", BigInteger, nullable=False),
+    Column("until_ms", BigInteger, nullable=False),
+    Column("actor", String, nullable=False),
+    Column("reason", String, nullable=False),
+    Column("entered_at", BigInteger, nullable=False),
+    Column("state", String, nullable=False),  # api.assets.book.REGISTER
+    Column("cancelled_by", String, nullable=False, server_default=""),
+    Index("registers_by_subject", "subject"),
+)
+
+asked = Table(
+    "asked",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("kind", String, nullable=False),  # registry | override
+    Column("body", Text, nullable=False),  # json
+    Column("actor", String, nullable=False),
+    Column("reason", String, nullable=False),
+    Column("done", Integer, nullable=False, server_default="0"),
+    Index("asked_waiting", "done", sqlite_where=text("done = 0"), postgresql_where=text("done = 0")),
+    comment="what ingest is to write into the logs; done once it lies in ingest's mailbox",
 )

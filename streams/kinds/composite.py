@@ -7,12 +7,15 @@ whose last value is older than `fresh`, is *unknown*:
 - it does not help to begin. Where that would be the dangerous choice (a rescue that waits to hear that the car stands
   still) `unknown: met` turns it round;
 - one that was met when it went stale does not help to end either: silence is no recovery.
+
+Events overtake telemetry, by an hour after an outage, so values of two metrics need not come in order. A value older
+than the last of another condition can end the whole, and never begin it: what it was then says nothing about now.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -181,7 +184,7 @@ def judge(
                 continue
             i, term = links.instance[entry], links.term[entry]
             own, m = table[rule[i]], memory[i]
-            met, stale = 0, 0
+            met, stale, latest = 0, 0, t
             for c in range(own.conditions):
                 at = own.base + c * WIDTH
                 sign = numbers[at + SIGN]
@@ -198,37 +201,55 @@ def judge(
                     elif sign * value <= sign * numbers[at + BACK]:
                         state = UNMET
                     m.state[c], m.at[c] = state, t
+                latest = max(latest, m.at[c])
                 fresh = numbers[at + FRESH]
                 if m.state[c] == UNTOLD or (fresh > 0 and t - m.at[c] > fresh):
                     met += numbers[at + ASSUMED] == 1
                     stale += m.state[c] == MET and numbers[at + ASSUMED] == 0
                 else:
                     met += m.state[c] == MET
-            verdict[judged] = 1 if met >= own.needed else 0 if met + stale >= own.needed else -1
+            begins = met >= own.needed and t >= latest
+            verdict[judged] = 1 if begins else 0 if met + stale >= own.needed else -1
             judged += 1
 
 
 def explain(parameters: Parameters, evidence: Evidence, language: str) -> str:
     """Say why in a sentence, in `zh` or `en`: what completed it, and all that must hold."""
     english = language == "en"
-    known = METRICS.get(evidence.metric)
-    value = "?" if evidence.value is None else f"{evidence.value:g}"
-    last = f"{known.en if english else known.zh} {value} {known.unit}" if known else value
+    last = _said(evidence.metric, evidence.value, english=english)
     told = (", " if english else "、").join(_told(condition, english=english) for condition in conditions(parameters))
     delay = duration_text(parameters.on_delay) if parameters.on_delay else ""
     number = needed(parameters)
+    every = number == len(conditions(parameters))
     if english:
-        how = "all" if number == len(conditions(parameters)) else f"{number}"
-        text = f"{last}; {how} of: {told}" + (f"; held {delay}" if delay else "")
+        text = f"{last}; {'all' if every else number} of: {told}" + (f"; held {delay}" if delay else "")
         return text + (f", {evidence.count} times" if evidence.count > 1 else "")
-    how = "同时满足" if number == len(conditions(parameters)) else f"满足其中 {number} 项"
-    text = f"{last}；{how}：{told}" + (f"；持续 {delay}" if delay else "")
+    text = f"{last}；{'同时满足' if every else f'满足其中 {number} 项'}：{told}" + (f"；持续 {delay}" if delay else "")
     return text + (f"，{evidence.count} 次" if evidence.count > 1 else "")
 
 
+def _said(metric: str, value: float | None, *, english: bool) -> str:
+    known = METRICS.get(metric)
+    if known is None or value is None:
+        return f"{metric} {'?' if value is None else f'{value:g}'}".strip()
+    name = known.en if english else known.zh
+    if known.unit == "0/1":
+        return f"{name} {_yes(value > 0.5, english=english)}"
+    return f"{name} {value:g}" if known.unit == "code" else f"{name} {value:g} {known.unit}"
+
+
 def _told(condition: Condition, *, english: bool) -> str:
-    known: Any = METRICS.get(condition.metric)
-    name = condition.metric if known is None else known.en if english else known.zh
+    known = METRICS[condition.metric]
+    name = known.en if english else known.zh
     if condition.codes:
         return f"{name} {'/'.join(f'{code:g}' for code in condition.codes)}"
-    return f"{name} {'>' if condition.above is not None else '<'} {condition.above or condition.below or 0:g}"
+    if known.unit == "0/1":
+        return f"{name} {_yes(condition.above is not None, english=english)}"
+    at = condition.above if condition.above is not None else condition.below
+    return f"{name} {'>' if condition.above is not None else '<'} {at:g} {known.unit}"
+
+
+def _yes(holds: bool, *, english: bool) -> str:
+    if english:
+        return "yes" if holds else "no"
+    return "是" if holds else "否"

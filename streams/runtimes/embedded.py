@@ -31,10 +31,18 @@ from streams.runtimes.broker import broker_command, mosquitto
 from streams.runtimes.supervisor import Part, Say, Supervisor
 
 KEYS = ("platform.key", "verdict.key")  # what we sign with, what the grid platform signs with
-PORTS = {"mqtt_port": "MQTT", "api_port": "API", "platform_port": "platform"}
+PORTS = {
+    "mqtt_port": "MQTT",
+    "api_port": "API",
+    "platform_port": "platform",
+    "cloud_port": "cloud",
+    "operator_port": "operator",
+}
 DEFAULTS = Run(clock=system_clock())
 ZONE_SHARDS = 2
 SLOW_S = 60.0  # not live by then: say who is missing
+SHARDS_OF_SIZE = {"zone": 2, "reference": 4}  # a pressure zone stays in one shard; a district has many
+MOST_SHARDS = 256
 
 
 class Console:
@@ -141,11 +149,21 @@ def decide(args: argparse.Namespace, layout: Layout, say: Say) -> Run:
     if args.api_host is not None and not args.prepare:
         raise UsageError("--api-host: only with --prepare, for a container; on this machine everything is loopback")
     seed = last.seed if args.seed is None else args.seed
+    size = args.size or last.size
+    shards = args.shards or (SHARDS_OF_SIZE[size] if first else last.shards)
+    if not first and (size, shards) != (last.size, last.shards):
+        raise UsageError(
+            f"{layout.root}: made with --size {last.size} --shards {last.shards}, which stay; give another --data"
+        )
+    if not 1 <= shards <= MOST_SHARDS:
+        raise UsageError(f"--shards {shards}: expected 1..{MOST_SHARDS}")
     api_host = args.api_host or (last.api_host if args.prepare else DEFAULTS.api_host)
-    workers = args.workers if args.workers is not None else usual_workers(last.shards, os.cpu_count() or 1)
-    if not 1 <= workers <= last.shards:
-        raise UsageError(f"--workers {workers}: expected 1..{last.shards}, one shard each at least")
-    return msgspec.structs.replace(last, clock=clock, seed=seed, api_host=api_host, workers=workers, **ports)
+    workers = args.workers if args.workers is not None else usual_workers(shards, os.cpu_count() or 1)
+    if not 1 <= workers <= shards:
+        raise UsageError(f"--workers {workers}: expected 1..{shards}, one shard each at least")
+    return msgspec.structs.replace(
+        last, clock=clock, seed=seed, api_host=api_host, workers=workers, size=size, shards=shards, **ports
+    )
 
 
 def parse_origin(text: str) -> int:
@@ -180,11 +198,18 @@ def parts_of(layout: Layout, run: Run, *, simulate: bool) -> list[Part]:
         Part("migrate", own("migrate"), once=True),
         Part("ingest", own("ingest"), proof="connected", least=1.0, wave=1),
         *(Part(name, own("worker", *which), proof="lag_s", wave=1) for name, which in workers_of(run)),
+        Part("history", own("history"), proof="history_lag_s", wave=1),
         Part("desk", own("desk"), after=("migrate",), proof="lag_s", wave=1),
         Part("api", own("api"), after=("migrate",), port=run.api_port, wave=1),
     ]
+    agreed = layout.clouds / "simulated.yaml" if simulate else layout.root / "clouds.yaml"
+    if simulate or agreed.exists():
+        cloud = own("cloud", "--config", str(agreed))
+        parts.append(Part("cloud", cloud, after=("contract",) if simulate else (), port=run.cloud_port, wave=1))
     if simulate:
         parts += [
+            Part("contract", own("operator", "--provision"), once=True),
+            Part("operator", own("operator"), after=("contract", "provision"), port=run.operator_port, wave=0),
             Part("provision", own("simulate", "--provision"), once=True),
             Part("platform", own("platform"), port=run.platform_port, wave=1),
             Part("simulate", own("simulate"), after=("provision",), wave=0),
@@ -243,12 +268,18 @@ def _stop_on_signals() -> threading.Event:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--simulate", action="store_true", help="run one simulated zone and a grid platform beside it")
+    parser.add_argument(
+        "--simulate", action="store_true", help="run a simulated zone or district and a grid platform beside it"
+    )
     parser.add_argument("--prepare", action="store_true", help="make the data folder, keys and run.json; start nothing")
     parser.add_argument("--api-host", metavar="IP", help="with --prepare: where the API listens in its container")
     parser.add_argument("--origin", metavar="ISO", help="platform time to start at (default: now)")
     parser.add_argument("--speed", type=float, metavar="X", help="platform seconds per real second (default: 1)")
     parser.add_argument("--seed", type=int, metavar="N", help="what the simulation draws from (default: 7)")
+    parser.add_argument("--size", choices=SHARDS_OF_SIZE, help="with --simulate, at the first start (default: zone)")
+    parser.add_argument(
+        "--shards", type=int, metavar="N", help="partitions of the log, at the first start (default: 2)"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="engines that share the shards (default: by cores)")
     for field, name in PORTS.items():
         help_ = f"loopback port of {name} (default: the last run's, or {getattr(DEFAULTS, field)} if it is free)"

@@ -36,10 +36,12 @@ from streams.runtimes.stores import add_arguments, open_place
 
 BURST_MESSAGES = 2000
 BURST_S = 0.010
+RECONNECT_S = 20.0  # real seconds: nobody is missed so soon after we listen again: gateways back off up to 8 s [U]
 TICK_MS = 5_000  # platform time
 MAILBOX_S = 0.2
 IDLE_S = 0.1  # how long a quiet loop waits: a signal, a command, a tick or a heartbeat is at most that late
 BACK_OFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+MOST_QUARANTINED = 20  # devices that the heartbeat names
 CHANNELS = ("telemetry", "event", "status")
 
 
@@ -55,8 +57,9 @@ def control_of(command: Command, now_ms: int) -> Control:
         subject, rule, from_ms, until_ms = (body.get(name) for name in ("subject", "rule", "from_ms", "until_ms"))
         if not (isinstance(subject, str) and isinstance(rule, str) and subject and rule):
             raise ConfigError(where, 'expected a subject, and a rule or "*"')
-        if not (isinstance(from_ms, int) and isinstance(until_ms, int) and from_ms < until_ms):
-            raise ConfigError(where, f"expected from_ms < until_ms, got {from_ms!r} and {until_ms!r}")
+        if not (isinstance(from_ms, int) and isinstance(until_ms, int) and from_ms <= until_ms):
+            # as long as nothing: it takes back the one of the same subject, rule and beginning
+            raise ConfigError(where, f"expected from_ms <= until_ms, got {from_ms!r} and {until_ms!r}")
         actor = str(body.get("actor") or command.actor)
         reason = str(body.get("reason") or command.reason)
         return Control("override", now_ms, actor, "", subject, rule, from_ms, until_ms, reason)
@@ -77,7 +80,9 @@ class IngestProcess:
         self.ingest = Ingest(layout, self.shards, self.counters, logs=logs)
         if logs is not None:
             logs.waiting = self._waiting
+        self.counters.probes.append(self._quarantined)
         self._clock = run.clock
+        self._reconnect_ms = round(RECONNECT_S * 1000 * run.clock.speed)
         self._mailbox = Mailbox(layout.mailbox(name))
         self._topics = [f"cb/v1/{shard}/+/{channel}" for shard in self.shards for channel in CHANNELS]
         self._link = Link(run.host, port, name)
@@ -119,10 +124,12 @@ class IngestProcess:
             wait_s(min(IDLE_S, max(0.0, self._try_at_s - now_s)))
             return
         self._link.wait(IDLE_S)
-        self._burst()
+        began_s = monotonic_s()
+        taken = self._burst()
         self._tick()
         self._commit()
         self._link.flush()
+        self.counters.delayed("lag_s", monotonic_s() - began_s, taken)  # until durable and acknowledged
         self._link.keep_alive()
 
     def _commit(self) -> None:
@@ -139,26 +146,30 @@ class IngestProcess:
         """
         self.counters.gauges["log_waiting_s"] = waited_s
         self.counters.publish()
-        self._up_since = self._clock.now_ms()
+        self._up_since = self._clock.now_ms() + self._reconnect_ms
         if self._stopping:
             raise StorageError(
                 f"stopped while the log did not answer for {waited_s:.0f} s: nothing of it is acknowledged"
             )
 
-    def _burst(self) -> None:
-        """Take the messages that are there: they will share one sync."""
+    def _burst(self) -> int:
+        """Take the messages that are there: they will share one sync. Return how many that were."""
         until_s, left = monotonic_s() + BURST_S, BURST_MESSAGES
         while left > 0:
             messages = self._link.receive()
             if not messages:
-                return
+                break
             now_ms = self._clock.now_ms()
             take = self.ingest.message
             for topic, payload in messages:
                 take(topic, payload, now_ms)
             left -= len(messages)
             if monotonic_s() >= until_s:
-                return
+                break
+        return BURST_MESSAGES - left
+
+    def _quarantined(self) -> None:
+        self.counters.details["quarantine"] = self.ingest.quarantined(MOST_QUARANTINED)
 
     def _tick(self) -> None:
         now_ms = self._clock.now_ms()
@@ -172,7 +183,7 @@ class IngestProcess:
             return False
         self._link.open(self._topics)
         self._failures = 0
-        self._up_since = self._clock.now_ms()
+        self._up_since = self._clock.now_ms() + self._reconnect_ms
         self.counters.gauges["connected"] = 1
         return True
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from citybrain.errors import CityBrainError, StorageError
 from citybrain.layout import Layout
-from citybrain.storage import OS_FILES
+from citybrain.storage import OS_FILES, Files
 from streams.engine import Engine
 from streams.snapshot import Frozen, save_snapshot
 
@@ -15,9 +15,9 @@ SUFFIX = ".snapshot"
 KEPT = 2
 
 
-def snapshot_paths(folder: Path) -> list[Path]:
+def snapshot_paths(folder: Path, files: Files = OS_FILES) -> list[Path]:
     """Return the folder's snapshots, oldest first."""
-    return [folder / name for name in OS_FILES.names(folder) if name.endswith(SUFFIX) and name[0] != "."]
+    return [folder / name for name in files.names(folder) if name.endswith(SUFFIX) and name[0] != "."]
 
 
 def write_snapshot(engine: Engine, folder: Path) -> Path:
@@ -25,21 +25,22 @@ def write_snapshot(engine: Engine, folder: Path) -> Path:
     return write_frozen(engine.freeze(), folder)
 
 
-def write_frozen(frozen: Frozen, folder: Path) -> Path:
+def write_frozen(frozen: Frozen, folder: Path, files: Files = OS_FILES) -> Path:
     """Write what an engine remembered; it may go on meanwhile. Raises StorageError."""
     path = folder / f"{frozen.header.offset:020d}{SUFFIX}"
-    OS_FILES.make(folder)
-    OS_FILES.replace(path, save_snapshot(*frozen))
-    for old in snapshot_paths(folder)[:-KEPT]:
-        OS_FILES.remove(old)
+    files.make(folder)
+    files.replace(path, save_snapshot(*frozen))
+    for old in snapshot_paths(folder, files)[:-KEPT]:
+        files.remove(old)
     return path
 
 
 class Saver:
     """Writes an engine's snapshots in a thread of its own, one at a time, while the engine goes on."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Files = OS_FILES) -> None:
         self._folder = folder
+        self._files = files
         self._thread: threading.Thread | None = None
         self._failure: StorageError | None = None
 
@@ -64,7 +65,7 @@ class Saver:
 
     def _write(self, frozen: Frozen) -> None:
         try:
-            write_frozen(frozen, self._folder)
+            write_frozen(frozen, self._folder, self._files)
         except StorageError as error:
             self._failure = error
 

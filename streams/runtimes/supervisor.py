@@ -113,6 +113,7 @@ class Supervisor:
         self._counters.details["children"] = {
             name: child.process.pid for name, child in self.children.items() if child.process is not None
         }
+        self._counters.details["parts"] = [name for name, child in self.children.items() if not child.part.once]
         self._counters.publish()
 
     def _may_start(self, child: Child) -> bool:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import signal
 from collections import Counter, deque
 from collections.abc import Sequence
 from types import FrameType
-from typing import Protocol
+from typing import IO, Protocol
 
 import msgspec
 
 from citybrain.cli import Subcommand
 from citybrain.clock import monotonic_s, wait_s
 from citybrain.counters import Counters, process_name
-from citybrain.errors import DiskFull, StorageError, UsageError
+from citybrain.errors import DiskFull, StorageError, Unavailable, UsageError
 from citybrain.layout import Layout, Run
 from citybrain.model import Transition
 from citybrain.segments import Record
@@ -73,13 +74,16 @@ class ShardWorker:
         self.counters = counters
         self.engine, self._warnings = restored_engine(shard, layout)
         self.received_at: int | None = None  # of the last record taken; None once nothing waits in the log
+        self.taken: tuple[int, int] | None = None  # oldest `received_at` and number of the new records last taken
+        self.known = 0  # offset before which the process judged all before it was started again
         self._writer = self._logs.writer("transitions", shard)
         self._reader = self._logs.reader("log", shard, self.engine.offset)
         self._written = (-1, -1)
         self._waiting: list[Transition] = []
-        self._saver = Saver(layout.engine(shard))
+        self._saver = Saver(layout.engine(shard), files)
         self._snapshot_offset = self.engine.offset
         self.safe = self.engine.offset  # a snapshot on disk holds what is before this offset
+        self._saving: int | None = None  # what `safe` will be
         self._snapshot_s = 0.0
 
     def start(self) -> None:
@@ -93,6 +97,7 @@ class ShardWorker:
 
     def step(self) -> bool:
         """Take the records that are there, make their transitions durable; return whether there were any."""
+        self.taken = None
         if self._waiting and not self._write():
             return False
         records = self._reader.read(READ_BYTES)
@@ -115,6 +120,8 @@ class ShardWorker:
         self.received_at = records[-1].received_at
         self._tell()
         if self._write():
+            new = records if records[0].offset >= self.known else [r for r in records if r.offset >= self.known]
+            self.taken = (new[0].received_at, len(new)) if new else None
             self._snapshot_if_due()
 
     def stop(self) -> None:
@@ -174,7 +181,8 @@ class ShardWorker:
     def _snapshot(self) -> None:
         """Copy what the engine remembers and have it written beside the stream."""
         self._saver.save(self.engine.freeze())
-        self._snapshot_offset, self._snapshot_s = self.engine.offset, monotonic_s()
+        self._saving = self._snapshot_offset = self.engine.offset
+        self._snapshot_s = monotonic_s()
 
     def _finish_snapshot(self) -> None:
         try:
@@ -182,11 +190,27 @@ class ShardWorker:
         except DiskFull as error:
             self.counters.warn(str(error))  # the last one still stands; recovery only takes longer
         else:
-            self.safe = self._snapshot_offset
+            self.safe = self._saving if self._saving is not None else self.safe
+        self._saving = None
+
+
+def take_shard(layout: Layout, shard: int) -> IO[str]:
+    """Take a shard for this process alone, until it ends; raises Unavailable where another worker has it."""
+    path = layout.run / f"shard-{shard}.lock"
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise Unavailable(f"{path}: another worker has shard {shard}; stop it, or give other --shards") from None
+    return file
 
 
 class WorkerProcess:
-    """The loop over all shards of this process. `run` returns when `stop` has been called."""
+    """The loop over all shards of this process. `run` returns when `stop` has been called.
+
+    Two writers would spoil a transition log, so every shard is taken before anything else; raises Unavailable.
+    """
 
     def __init__(
         self,
@@ -196,6 +220,7 @@ class WorkerProcess:
         snapshot_s: float = SNAPSHOT_S,
         logs: LogStore | None = None,
     ) -> None:
+        self._taken = [take_shard(layout, shard) for shard in shards]
         self.counters = Counters(process_name("worker", shards, run.shards), layout.run)
         self.shards = [ShardWorker(shard, layout, self.counters, snapshot_s, logs=logs) for shard in shards]
         self._clock = run.clock
@@ -207,18 +232,32 @@ class WorkerProcess:
 
     def run(self) -> None:
         """Recover, then serve until stopped; raises StorageError where the disk fails."""
+        last = self.counters.resume()
         self.counters.publish(force=True)
         warm_engine()
         for shard in self.shards:
             shard.start()
+            if last is not None:
+                shard.known = last.details.get("shards", {}).get(str(shard.shard), {}).get("offset", 0)
         while not self._stopping:
             busy = [shard.step() for shard in self.shards]
+            self._measure()
             self._publish()
             if not any(busy):
                 wait_s(IDLE_S)
         for shard in self.shards:
             shard.stop()
         self._publish(force=True)
+        for file in self._taken:
+            file.close()
+
+    def _measure(self) -> None:
+        """Count how long what was just taken had waited; each record as long as the oldest of its batch."""
+        now_ms = self._clock.now_ms()
+        for shard in self.shards:
+            if shard.taken is not None:
+                oldest_at, amount = shard.taken
+                self.counters.delayed("lag_s", self._clock.real_s(now_ms - oldest_at), amount)
 
     def _publish(self, *, force: bool = False) -> None:
         publish(self.counters, self.shards, self._clock.now_ms(), force=force)
