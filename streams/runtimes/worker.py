@@ -80,6 +80,7 @@ class ShardWorker:
         self._saver = Saver(layout.engine(shard))
         self._snapshot_offset = self.engine.offset
         self.safe = self.engine.offset  # a snapshot on disk holds what is before this offset
+        self._saving: int | None = None  # what `safe` will be
         self._snapshot_s = 0.0
 
     def start(self) -> None:
@@ -174,7 +175,8 @@ class ShardWorker:
     def _snapshot(self) -> None:
         """Copy what the engine remembers and have it written beside the stream."""
         self._saver.save(self.engine.freeze())
-        self._snapshot_offset, self._snapshot_s = self.engine.offset, monotonic_s()
+        self._saving = self._snapshot_offset = self.engine.offset
+        self._snapshot_s = monotonic_s()
 
     def _finish_snapshot(self) -> None:
         try:
@@ -182,7 +184,8 @@ class ShardWorker:
         except DiskFull as error:
             self.counters.warn(str(error))  # the last one still stands; recovery only takes longer
         else:
-            self.safe = self._snapshot_offset
+            self.safe = self._saving if self._saving is not None else self.safe
+        self._saving = None
 
 
 class WorkerProcess:
