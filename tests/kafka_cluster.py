@@ -228,6 +228,6 @@ def kafka(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def prefix() -> str:
+def topic_prefix() -> str:
     """A prefix for this test's topics."""
     return f"t{time.time_ns():x}-"

@@ -13,9 +13,7 @@ from streams.logs import LogStore, SegmentStore
 from streams.runtimes.kafka.store import KafkaStore
 from tests.conftest import eventually
 from tests.desk_city import MIN, City, everything, invariants, rows_of
-from tests.kafka_cluster import kafka, one_broker, prefix
 
-__all__ = ["kafka", "one_broker", "prefix"]  # fixtures
 SAME = (alarms, incidents, cases)
 
 
@@ -41,9 +39,11 @@ def lived(city: City) -> City:
     return city
 
 
-def test_the_desk_decides_the_same_whatever_keeps_the_transitions(tmp_path: Path, kafka: str, prefix: str) -> None:
+def test_the_desk_decides_the_same_whatever_keeps_the_transitions(
+    tmp_path: Path, kafka: str, topic_prefix: str
+) -> None:
     def topics(layout: Layout) -> LogStore:
-        store = KafkaStore(kafka, layout, 2, prefix=prefix)
+        store = KafkaStore(kafka, layout, 2, prefix=topic_prefix)
         store.open()
         return store
 

@@ -26,9 +26,8 @@ from streams.log import Kind, decode_control, frame_head
 from streams.registry import encode_registry
 from streams.runtimes.kafka.store import KafkaStore
 from tests.conftest import end, eventually
-from tests.kafka_cluster import Cluster, kafka, mortal, one_broker, prefix
+from tests.kafka_cluster import Cluster
 
-__all__ = ["kafka", "mortal", "one_broker", "prefix"]  # fixtures
 PLACE = Place(121.5, 31.2, "310104001001001")
 REGISTRY = Registry(
     (Gateway("gw-a", 1, PLACE),), (Device("hyd-1", "hydrant", "gw-a", PLACE, ("pressure_mpa",), ("tilt_deg",)),)
@@ -38,13 +37,13 @@ REGISTRY = Registry(
 class Site:
     """A data folder, ingest as a process, and a gateway."""
 
-    def __init__(self, folder: Path, mqtt_port: int, kafka: str, prefix: str) -> None:
+    def __init__(self, folder: Path, mqtt_port: int, kafka: str, topic_prefix: str) -> None:
         self.folder = folder
         self.layout = Layout(folder / "data")
         self.layout.make()
         now_ms = real_unix_ms()
         self.layout.write_run(Run(clock=RunClock(now_ms, now_ms, 1.0), shards=2, mqtt_port=mqtt_port))
-        self.kafka, self.prefix = kafka, prefix
+        self.kafka, self.prefix = kafka, topic_prefix
         self.process: subprocess.Popen[bytes] | None = None
         spool = Spool(folder / "gw-a", "board-1")
         spool.start()
@@ -119,8 +118,8 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path, mosquitto: int, mortal: Cluster, prefix: str) -> Iterator[Site]:
-    made = Site(tmp_path, mosquitto, mortal.address, prefix)
+def site(tmp_path: Path, mosquitto: int, mortal: Cluster, topic_prefix: str) -> Iterator[Site]:
+    made = Site(tmp_path, mosquitto, mortal.address, topic_prefix)
     try:
         made.provision()
         made.start()

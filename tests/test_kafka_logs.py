@@ -22,9 +22,8 @@ from streams.runtimes.kafka.store import NOWHERE, VOID, KafkaStore, KafkaWriter,
 from streams.runtimes.worker import last_written
 from tests.conftest import eventually
 from tests.faulty_files import LossyFiles
-from tests.kafka_cluster import Cluster, cluster, kafka, mortal, one_broker, prefix
+from tests.kafka_cluster import Cluster, cluster
 
-__all__ = ["kafka", "mortal", "one_broker", "prefix"]  # fixtures
 SHARDS = 2
 
 
@@ -43,8 +42,8 @@ def layout(tmp_path: Path) -> Layout:
 
 
 @pytest.fixture
-def topics(layout: Layout, kafka: str, prefix: str) -> KafkaStore:
-    store = KafkaStore(kafka, layout, SHARDS, prefix=prefix)
+def topics(layout: Layout, kafka: str, topic_prefix: str) -> KafkaStore:
+    store = KafkaStore(kafka, layout, SHARDS, prefix=topic_prefix)
     store.open()
     return store
 
@@ -192,12 +191,12 @@ class Crashing(NamedTuple):
 
 
 @pytest.fixture(params=["segments", "kafka"])
-def crashing(request: pytest.FixtureRequest, layout: Layout, prefix: str) -> Crashing:
+def crashing(request: pytest.FixtureRequest, layout: Layout, topic_prefix: str) -> Crashing:
     if request.param == "segments":
         disk = LossyFiles(5)
         return Crashing(SegmentStore(layout, disk, segment_bytes=600), disk.crash, 20)
     mortal: Cluster = request.getfixturevalue("mortal")
-    store = KafkaStore(mortal.address, layout, SHARDS, prefix=prefix)
+    store = KafkaStore(mortal.address, layout, SHARDS, prefix=topic_prefix)
     store.open()
 
     def crash() -> None:
@@ -309,10 +308,10 @@ def test_content_is_fetched_where_it_is_not_and_proved(topics: KafkaStore, layou
 
 
 def test_a_broker_killed_or_stopped_loses_nothing_and_doubles_nothing(
-    mortal: Cluster, layout: Layout, prefix: str
+    mortal: Cluster, layout: Layout, topic_prefix: str
 ) -> None:
     waited: list[float] = []
-    store = KafkaStore(mortal.address, layout, SHARDS, prefix=prefix)
+    store = KafkaStore(mortal.address, layout, SHARDS, prefix=topic_prefix)
     store.waiting = waited.append
     store.open()
     (broker,) = mortal.brokers
@@ -335,12 +334,12 @@ def test_a_broker_killed_or_stopped_loses_nothing_and_doubles_nothing(
 
 
 def test_a_commit_may_be_given_up_and_is_then_repeated_by_the_next_process(
-    mortal: Cluster, layout: Layout, prefix: str
+    mortal: Cluster, layout: Layout, topic_prefix: str
 ) -> None:
     def give_up(_seconds: float) -> None:
         raise Unavailable("told to stop")
 
-    store = KafkaStore(mortal.address, layout, SHARDS, prefix=prefix)
+    store = KafkaStore(mortal.address, layout, SHARDS, prefix=topic_prefix)
     store.waiting = give_up
     store.open()
     (broker,) = mortal.brokers

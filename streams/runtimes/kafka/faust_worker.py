@@ -53,9 +53,9 @@ SETTINGS: dict[str, Any] = {
 class Owned:
     """A shard while it is ours: its worker, and what Faust waits for us to acknowledge."""
 
-    def __init__(self, worker: ShardWorker) -> None:
+    def __init__(self, worker: ShardWorker, unacknowledged: deque[Any]) -> None:
         self.worker = worker
-        self.unacknowledged: deque[Any] = deque()
+        self.unacknowledged = unacknowledged
 
     def settled(self) -> list[Any]:
         """Take out the events that a snapshot on disk holds."""
@@ -71,32 +71,33 @@ class Shards:
     def __init__(self, place: Place, counters: Counters, snapshot_s: float) -> None:
         self.owned: dict[int, Owned] = {}
         self.assigned: set[int] = set()
+        self._kept: dict[int, deque[Any]] = {}  # of a shard that is being restored
         self._layout, self._logs, self._counters, self._period_s = place.layout, place.logs, counters, snapshot_s
         place.logs.waiting = self._waiting
         self._at_work = -1
 
     def take(self, shard: int, records: Sequence[Record], events: Iterable[Any]) -> list[Any]:
         """Take what Faust brought of a shard; return the events that may be acknowledged by now."""
-        if shard not in self.assigned:
-            return []  # of before a rebalance: whoever has the shard now gets them
         self._at_work = shard
-        try:
-            owned = self.owned.get(shard) or self._open(shard)
-            self._fill(owned.worker, records[0].offset)
-            following = [record for record in records if record.offset >= owned.worker.engine.offset]
-            if following:
-                owned.worker.take(following)
-        except Overtaken as error:
-            self._forget(shard, str(error))
-            return []
-        owned.unacknowledged.extend(events)
-        return owned.settled()
+        while shard in self.assigned:
+            try:
+                owned = self.owned.get(shard) or self._open(shard)
+                self._fill(owned.worker, records[0].offset)
+                following = [record for record in records if record.offset >= owned.worker.engine.offset]
+                if following:
+                    owned.worker.take(following)
+            except Overtaken as error:
+                self._forget(shard, str(error))  # and at once again: these may be the last records for long
+                continue
+            owned.unacknowledged.extend(events)
+            return owned.settled()
+        return []  # of before a rebalance: whoever has the shard now gets them
 
     def _open(self, shard: int) -> Owned:
         worker = ShardWorker(shard, self._layout, self._counters, self._period_s, logs=self._logs)
         worker.start()
         self._counters.add("opened_total")
-        owned = self.owned[shard] = Owned(worker)
+        owned = self.owned[shard] = Owned(worker, self._kept.pop(shard, deque()))
         return owned
 
     def _fill(self, worker: ShardWorker, until: int) -> None:
@@ -109,12 +110,13 @@ class Shards:
             worker.take(records)
 
     def _forget(self, shard: int, why: str) -> None:
-        """Drop a shard whose state is not what the transition log says; it is restored with the next records."""
+        """Drop a shard whose state is not what the transition log says; what is unacknowledged of it stays so."""
         self._counters.warn(f"shard {shard} is restored from its snapshot: {why}")
         self._counters.add("overtaken_total")
         owned = self.owned.pop(shard, None)
         if owned is not None:
             owned.worker.abandon()
+            self._kept[shard] = owned.unacknowledged
 
     def _waiting(self, waited_s: float) -> None:
         self._counters.gauges["log_waiting_s"] = waited_s
@@ -131,6 +133,7 @@ class Shards:
     def close(self, shards: Iterable[int]) -> list[Any]:
         """Write last snapshots, so that whoever has these shards next begins there; return what they settle."""
         events: list[Any] = []
+        self._kept.clear()
         for shard in sorted(set(shards) & self.owned.keys()):
             owned = self.owned.pop(shard)
             owned.worker.stop()
