@@ -269,3 +269,6 @@ class Uplink:
         self._unproven.clear()
         for lane in Lane:
             self._flows[lane] = self._flow(lane)
+
+
+assert MAX_MESSAGE < WINDOW_BYTES, "an empty window must hold any message"

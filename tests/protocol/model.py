@@ -84,8 +84,8 @@ class Gateway(msgspec.Struct, frozen=True):
     """A gateway's lane: what is on its disk (bodies by seq, floor, epoch) and what its process knows.
 
     sent: highest seq sent in this epoch, or possibly so by an earlier process. ask: the message to repeat before
-    anything else is sent; 0 none. high: highest seq sent by this process since it last rewound. readable: the lowest seq
-    whose message is still on the disk.
+    anything else is sent; 0 none. high: highest seq sent by this process since it last rewound. readable: the lowest
+    seq whose message is still on the disk.
     """
 
     epoch: int = 1
