@@ -419,6 +419,12 @@ class Spool:
         """Return a committed message's body, also one already acknowledged whose segment is still there."""
         return self._stores[lane].body(seq)
 
+    def earliest(self, lane: Lane, most: int) -> int:
+        """Return the lowest readable seq that is not acknowledged, if it is at most `most`; else 0."""
+        store = self._stores[lane]
+        seq = store.following(store.floor)
+        return seq if seq <= most and seq < store.committed else 0
+
     def read(self, lane: Lane, seq: int, most_messages: int, most_bytes: int) -> list[tuple[int, bytes]]:
         """Return committed messages (seq, body) from `seq` or the floor on, without a gap between them.
 

@@ -86,7 +86,7 @@ class Uplink:
     """The gateway's side of the wire contract, over a started spool.
 
     counters: `sent_total`, `resent_total`, `acked_total` (messages), `dropped_total{reason=ack_*}` (acknowledgements
-    not used), `epochs_total{reason=restored}`.
+    not used), `epochs_total{reason=restored, unproven}`.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class Uplink:
         self._compress = compress
         self._timeout_s = timeout_s
         self._flows = {lane: self._flow(lane) for lane in Lane}
+        self._unproven: set[Lane] = set()  # lanes that have nothing left to compare with what ingest has
 
     def _flow(self, lane: Lane) -> _Flow:
         return _Flow(self.spool.floor(lane), self.spool.resumed[lane], self.spool.asks[lane], self._timeout_s)
@@ -142,6 +143,8 @@ class Uplink:
         if not self.online:
             return []
         messages: list[tuple[str, bytes]] = []
+        if self._unproven and self._settled():
+            self._renumber("unproven", "what this card could have proved its numbers with was evicted")
         for lane in ORDER:
             flow = self._flows[lane]
             if unsent:
@@ -162,14 +165,12 @@ class Uplink:
     def _lane(self, lane: Lane, room: int, now_ms: int, mono_s: float) -> list[bytes]:
         flow = self._flows[lane]
         if flow.ask:
-            if flow.ask >= self.spool.next_seq(lane):
-                return []  # nothing to ask with yet, and nothing else to send
-            body = self.spool.body(lane, flow.ask)
-            if body is not None:
-                due = room > 0 and not flow.under_way
-                return [self._send(lane, (flow.ask, body), now_ms, mono_s)] if due else []
-            flow.ask = 0  # evicted meanwhile, or never readable: there is nothing to compare
+            return self._question(lane, flow, room, now_ms, mono_s)
+        if lane in self._unproven:
+            return []
         most = min(room, WINDOW_MESSAGES - len(flow.under_way))
+        if self._unproven:
+            most = min(most, flow.sent + 1 - flow.next)  # only what may be in the log already, until it is settled
         messages = self.spool.read(lane, flow.next, most, WINDOW_BYTES - flow.bytes - most * HEAD.size)
         flow.skip(self.spool.floor(lane) - 1)  # what was evicted, or cannot be read any more
         payloads = []
@@ -177,6 +178,29 @@ class Uplink:
             payloads.append(self._send(lane, message, now_ms, mono_s))
             flow.next = message[0] + 1
         return payloads
+
+    def _question(self, lane: Lane, flow: _Flow, room: int, now_ms: int, mono_s: float) -> list[bytes]:
+        """Return the message that asks where ingest stands, if it is due.
+
+        It must be one that an earlier process wrote: a restored card's new message may have a number that ingest knows
+        with another content. Where none is left of them, a new epoch is the only safe numbering.
+        """
+        if flow.sent and (flow.ask > flow.sent or self.spool.body(lane, flow.ask) is None):
+            flow.rewind()
+            flow.ask = self.spool.earliest(lane, flow.sent)
+            if not flow.ask:
+                self._unproven.add(lane)
+                return []
+        body = self.spool.body(lane, flow.ask)
+        if body is None or room <= 0 or flow.under_way:
+            return []  # not even a first message yet; or asked already
+        return [self._send(lane, (flow.ask, body), now_ms, mono_s)]
+
+    def _settled(self) -> bool:
+        """Return whether no other lane has messages that may be in the log already: they keep their numbers."""
+        return all(
+            self.spool.floor(lane) > flow.sent for lane, flow in self._flows.items() if lane not in self._unproven
+        )
 
     def _send(self, lane: Lane, message: tuple[int, bytes], now_ms: int, mono_s: float) -> bytes:
         seq, body = message
@@ -236,11 +260,13 @@ class Uplink:
 
     def _restored(self, ack: Ack) -> None:
         """Begin a new epoch: ingest knows messages of this one that this card never sent."""
-        self.counters.warn(
-            f"{self.ack_topic}: {ack.lane} is acknowledged up to {ack.seq}, beyond what this card sent: "
-            "it was restored from a copy; a new epoch begins"
-        )
-        self.spool.new_epoch("restored")
+        what = f"{ack.lane} is acknowledged up to {ack.seq}, beyond what this card sent: it was restored from a copy"
+        self._renumber("restored", what)
+
+    def _renumber(self, reason: str, what: str) -> None:
+        self.counters.warn(f"{self.ack_topic}: {what}; a new epoch begins")
+        self.spool.new_epoch(reason)
+        self._unproven.clear()
         for lane in Lane:
             self._flows[lane] = self._flow(lane)
 

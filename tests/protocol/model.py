@@ -84,7 +84,8 @@ class Gateway(msgspec.Struct, frozen=True):
     """A gateway's lane: what is on its disk (bodies by seq, floor, epoch) and what its process knows.
 
     sent: highest seq sent in this epoch, or possibly so by an earlier process. ask: the message to repeat before
-    anything else is sent; 0 none. high: highest seq sent by this process since it last rewound.
+    anything else is sent; 0 none. high: highest seq sent by this process since it last rewound. readable: the lowest
+    seq whose message is still on the disk.
     """
 
     epoch: int = 1
@@ -93,6 +94,7 @@ class Gateway(msgspec.Struct, frozen=True):
     sent: int = 0
     ask: int = 0
     high: int = 0
+    readable: int = 1
 
 
 def commit(gateway: Gateway, body: str) -> Gateway:
@@ -139,19 +141,30 @@ def answered(gateway: Gateway, answer: Answer) -> Gateway:
 
 def renumbered(gateway: Gateway) -> Gateway:
     """Begin a new epoch: what is unsent keeps its seqs."""
-    return Gateway(gateway.epoch + 10, gateway.bodies, gateway.floor)
+    return Gateway(gateway.epoch + 10, gateway.bodies, gateway.floor, readable=gateway.readable)
 
 
 def restarted(gateway: Gateway) -> Gateway:
-    """Start a new process on the same disk."""
+    """Start a new process on the same disk; it asks with what the old one wrote."""
     last = len(gateway.bodies)
     ask = gateway.floor if gateway.floor <= last else last or 1
-    return Gateway(gateway.epoch, gateway.bodies, gateway.floor, last, ask, 0)
+    after = Gateway(gateway.epoch, gateway.bodies, gateway.floor, last, ask, 0, gateway.readable)
+    return asking(after)
+
+
+def asking(gateway: Gateway) -> Gateway:
+    """Ask with another message where that one is gone; where nothing old is left, begin a new epoch."""
+    if not gateway.ask or not gateway.sent or gateway.readable <= gateway.ask <= gateway.sent:
+        return gateway
+    if gateway.floor <= gateway.sent:
+        return msgspec.structs.replace(gateway, ask=gateway.floor, high=0)
+    return renumbered(gateway)
 
 
 def evicted(gateway: Gateway) -> Gateway:
-    """Lose the oldest message that is not acknowledged."""
-    return msgspec.structs.replace(gateway, floor=min(gateway.floor + 1, len(gateway.bodies) + 1))
+    """Lose the oldest message that is not acknowledged, and all before it."""
+    floor = min(gateway.floor + 1, len(gateway.bodies) + 1)
+    return asking(msgspec.structs.replace(gateway, floor=floor, readable=floor))
 
 
 # --- every way it can go ----------------------------------------------------------------------------------------
