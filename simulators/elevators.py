@@ -165,7 +165,8 @@ class Lifts:
         telemetry = self._moves(trips, rides, from_ms, to_ms, scripts, causes)
         events = self._events(trips, rides, from_ms, to_ms, scripts)
         found = [only(telemetry, self._telemetry), only(events, self._spoken)]
-        return [self._spared(columns, causes) for columns in found]
+        said, told = (self._spared(columns, causes) for columns in found)
+        return [said, self._revived(told, from_ms, to_ms, causes)]
 
     def _near(self, from_ms: int, to_ms: int, causes: Sequence[Cause]) -> list[tuple[int, Script]]:
         """Return the scripts that are played around [from, to), with their lifts' numbers."""
@@ -252,12 +253,30 @@ class Lifts:
         return during[np.isin(device[during], [self.index[name] for name in cause.subjects if name in self.index])]
 
     def _spared(self, columns: Columns, causes: Sequence[Cause]) -> Columns:
-        """Leave out what a dead or failing device did not say."""
+        """Leave out what a dead terminal did not say; one that only misses reports goes on telling each change."""
         for cause in causes:
-            if cause.kind in SILENT:
-                rows = self._rows(cause, columns.device, columns.at)
-                columns = columns.rows(np.delete(np.arange(len(columns.at)), rows))
+            if cause.kind not in SILENT or (cause.kind == "missed_reports" and columns.lane is Lane.EVENT):
+                continue
+            rows = self._rows(cause, columns.device, columns.at)
+            if cause.kind == "missed_reports":
+                rows = rows[(columns.at[rows] - self._phase_ms[columns.device[rows]]) % PERIOD_MS == 0]
+            columns = columns.rows(np.delete(np.arange(len(columns.at)), rows))
         return columns
+
+    def _revived(self, told: Columns, from_ms: int, to_ms: int, causes: Sequence[Cause]) -> Columns:
+        """Add what a terminal that was dead tells at its power-up: how things stand now."""
+        for cause in causes:
+            if cause.kind != "device_dead" or not from_ms <= cause.end_ms < to_ms:
+                continue
+            numbers = [self.index[name] for name in cause.subjects if name in self.index]
+            now = self.standing(cause.end_ms, causes)
+            now = now.rows(np.flatnonzero(np.isin(now.device, numbers)))
+            both = Columns(
+                Lane.EVENT, self.names, EVENTS, np.concatenate((told.device, now.device)),
+                np.concatenate((told.at, now.at)), np.concatenate((told.values, now.values)),
+            )  # fmt: skip
+            told = both.rows(np.lexsort((both.device, both.at)))
+        return told
 
     # --- events -----------------------------------------------------------------------------------------------------
 

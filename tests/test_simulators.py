@@ -837,3 +837,26 @@ def row(kind: Kind) -> str:
 def test_the_docs_have_every_kind_of_cause_as_it_is() -> None:
     text = (Path(__file__).parent.parent / "docs" / "simulation.md").read_text()
     assert [kind.name for kind in KINDS if row(kind) not in text] == []
+
+
+def test_a_lift_that_misses_reports_goes_on_telling_its_changes_and_a_revived_one_says_how_it_stands() -> None:
+    """Else it would stand for minutes with somebody inside who has long left: a false rescue."""
+    lift = next(device.id for device in CITY.registry.devices if "retrofit" in device.tags)
+    missed = planted("missed_reports", lift, minutes=30, district=CITY)
+    dead = planted("device_dead", lift, minutes=30, district=CITY)
+    until = missed.end_ms + 5 * MINUTE_MS
+    plain, fewer, none = (said(lift, NOON, until, *causes, district=CITY) for causes in ((), (missed,), (dead,)))
+
+    def of(lane: Lane, told: list[tuple[Lane, Reading]]) -> list[tuple[int, dict[str, float]]]:
+        return [(reading.observed_at, reading.values) for at, reading in told if at is lane]
+
+    assert of(Lane.EVENT, fewer) == of(Lane.EVENT, plain)
+    turned = [reading.values["moving"] for _, reading in plain if "moving" in reading.values]
+    assert 1.0 in turned
+    assert {at for at, values in of(Lane.TELEMETRY, plain) if values["moving"]} >= {
+        at for at, values in of(Lane.TELEMETRY, fewer) if values["moving"]
+    }
+    assert 0 < len(of(Lane.TELEMETRY, fewer)) < len(of(Lane.TELEMETRY, plain))
+    first, values = of(Lane.EVENT, none)[0]
+    assert (first, set(values)) == (dead.end_ms, {"occupied", "door_closed"})
+    assert not [at for at, _ in of(Lane.TELEMETRY, none) if at < dead.end_ms]
