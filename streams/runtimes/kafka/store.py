@@ -320,23 +320,32 @@ class KafkaStore:
 
     def open(self) -> None:
         """Make the topics that are missing; raises Unavailable, or ConfigError where one has other partitions."""
-        admin = AdminClient(self.settings)
-        try:
-            known = admin.list_topics(timeout=ANSWER_S)
-            brokers = len(known.brokers)
-            topics = [*(self._new(self.topic(name), brokers) for name in NAMES), self._new_blobs(brokers)]
-            missing = [topic for topic in topics if topic.topic not in known.topics]
-            for future in admin.create_topics(missing).values() if missing else ():
-                _created(future)
-            known = admin.list_topics(timeout=ANSWER_S)
-        except KafkaException as error:
-            unavailable(self.settings, error)
+        for last in (False, False, True):
+            try:
+                partitions = self._make_topics()
+                break
+            except KafkaException as error:
+                # The client lets go of the address it was given once it knows the brokers' own, with what it had asked.
+                if last or error.args[0].code() != KafkaError._DESTROY_BROKER:
+                    unavailable(self.settings, error)
         for name in NAMES:
-            found = len(known.topics[self.topic(name)].partitions) if self.topic(name) in known.topics else self.shards
+            found = partitions.get(self.topic(name), self.shards)
             if found != self.shards:
                 raise ConfigError(
                     f"Kafka topic {self.topic(name)}", f"has {found} partitions, the run has {self.shards} shards"
                 )
+
+    def _make_topics(self) -> dict[str, int]:
+        """Make the topics that are missing; return how many partitions each topic has."""
+        admin = AdminClient(self.settings)
+        known = admin.list_topics(timeout=ANSWER_S)
+        brokers = len(known.brokers)
+        topics = [*(self._new(self.topic(name), brokers) for name in NAMES), self._new_blobs(brokers)]
+        missing = [topic for topic in topics if topic.topic not in known.topics]
+        for future in admin.create_topics(missing).values() if missing else ():
+            _created(future)
+        known = admin.list_topics(timeout=ANSWER_S)
+        return {name: len(topic.partitions) for name, topic in known.topics.items()}
 
     def _new(self, topic: str, brokers: int) -> NewTopic:
         return NewTopic(topic, self.shards, min(REPLICAS, brokers), config=durable(brokers) | {"retention.ms": "-1"})
