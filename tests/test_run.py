@@ -293,6 +293,9 @@ def test_prepared_elsewhere_a_port_may_be_taken(layout: Layout, heard: Heard) ->
         ({"speed": float("nan")}, "--speed nan"),
         ({"api_port": 0}, "--api-port 0"),
         ({"api_port": 70_000}, "--api-port 70000"),
+        ({"shards": 0}, "--shards 0"),
+        ({"shards": 257}, "--shards 257"),
+        ({"workers": 3}, "--workers 3"),
         ({"api_port": 20_001, "mqtt_port": 20_001}, "the ports must differ"),
         ({"api_host": "0.0.0.0"}, "--api-host: only with --prepare"),
     ],
@@ -300,6 +303,16 @@ def test_prepared_elsewhere_a_port_may_be_taken(layout: Layout, heard: Heard) ->
 def test_senseless_options_are_refused(layout: Layout, heard: Heard, given: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         decide(asked(**given), layout, heard)
+
+
+def test_size_and_shards_stay_as_the_data_folder_was_made(layout: Layout, heard: Heard) -> None:
+    made = decide(asked(size="reference"), layout, heard)
+    assert (made.size, made.shards) == ("reference", 4)
+    layout.write_run(made)
+    assert decide(asked(), layout, heard).shards == 4
+    for given in ({"size": "zone"}, {"shards": 2}, {"shards": 0}):
+        with pytest.raises(UsageError, match="made with --size reference --shards 4, which stay"):
+            decide(asked(**given), layout, heard)
 
 
 def test_secrets_are_made_once_and_kept_from_others(layout: Layout) -> None:

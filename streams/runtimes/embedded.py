@@ -39,7 +39,6 @@ PORTS = {
     "operator_port": "operator",
 }
 DEFAULTS = Run(clock=system_clock())
-ZONE_SHARDS = 2
 SLOW_S = 60.0  # not live by then: say who is missing
 SHARDS_OF_SIZE = {"zone": 2, "reference": 4}  # a pressure zone stays in one shard; a district has many
 MOST_SHARDS = 256
@@ -150,7 +149,8 @@ def decide(args: argparse.Namespace, layout: Layout, say: Say) -> Run:
         raise UsageError("--api-host: only with --prepare, for a container; on this machine everything is loopback")
     seed = last.seed if args.seed is None else args.seed
     size = args.size or last.size
-    shards = args.shards or (SHARDS_OF_SIZE[size] if first else last.shards)
+    usual = SHARDS_OF_SIZE[size] if first else last.shards
+    shards = usual if args.shards is None else args.shards
     if not first and (size, shards) != (last.size, last.shards):
         raise UsageError(
             f"{layout.root}: made with --size {last.size} --shards {last.shards}, which stay; give another --data"
@@ -232,7 +232,7 @@ def usual_workers(shards: int, cores: int) -> int:
 
     [U] our choice: the other half is for ingest, the desk and whoever asks.
     """
-    return 1 if shards <= ZONE_SHARDS else max(1, min(shards, cores // 2))
+    return 1 if shards <= SHARDS_OF_SIZE["zone"] else max(1, min(shards, cores // 2))
 
 
 def supervise(supervisor: Supervisor, run: Run, say: Say, stop: threading.Event, *, as_json: bool) -> None:
