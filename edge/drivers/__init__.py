@@ -1,0 +1,20 @@
+"""The drivers there are: one module and one line each.
+
+A module has `Config` (a frozen msgspec struct that refuses unknown fields; `devices()` names the devices it speaks for),
+`make(name, config) -> edge.driver.Driver`, `PROCESS` (True: it runs in a process of its own), and
+`DEADLINE_S` (after so many seconds without a call of its host it is taken to hang). It is imported only where it is
+configured, so that a gateway without a camera needs no numpy.
+"""
+
+from __future__ import annotations
+
+DRIVERS: dict[str, str] = {
+    "json_lines": "edge.drivers.json_lines",
+    "modbus_rtu": "edge.drivers.modbus_rtu",
+    "modbus_tcp": "edge.drivers.modbus_tcp",
+    "elevator_serial": "edge.drivers.elevator_serial",
+    "elevator_retrofit": "edge.drivers.elevator_retrofit",
+    "vibration": "edge.drivers.vibration",
+    "pressure_fast": "edge.drivers.pressure_fast",
+    "camera": "edge.drivers.camera",
+}
