@@ -1,6 +1,6 @@
 """The drivers there are: one module and one line each.
 
-A module has `Config` (a frozen msgspec struct that refuses unknown fields; `devices()` names the devices it speaks for),
+A module has `Config` (a frozen msgspec struct that refuses unknown fields; `devices()` names its devices),
 `make(name, config) -> edge.driver.Driver`, `PROCESS` (True: it runs in a process of its own), and
 `DEADLINE_S` (after so many seconds without a call of its host it is taken to hang). It is imported only where it is
 configured, so that a gateway without a camera needs no numpy.
