@@ -16,13 +16,12 @@ from sqlalchemy import (
     Connection,
     Dialect,
     Table,
-    and_,
     bindparam,
     exists,
     func,
     insert,
-    or_,
     select,
+    union,
     update,
 )
 from sqlalchemy.dialects.sqlite import insert as upsert
@@ -80,19 +79,20 @@ _LIFE_ALARM = select(alarms).where(
 )
 _MEMBERS = select(alarms).where(alarms.c.incident == bindparam("incident")).order_by(alarms.c.id)
 _ANY_ACTIVE = select(alarms.c.id).where(alarms.c.incident == bindparam("incident"), alarms.c.active == 1).limit(1)
+# Two lookups by index, not one condition with OR: that one reads every open incident.
+_CANDIDATE_IDS = union(
+    select(incidents.c.id).where(
+        incidents.c.open == 1, incidents.c.cause == bindparam("cause"), incidents.c.key == bindparam("key")
+    ),
+    select(alarms.c.incident).where(alarms.c.subject == bindparam("subject")),
+)
 _CANDIDATES = (
     select(
         *(incidents.c[name] for name in ("id", "kind", "cause", "key", "first_at", "last_at")),
         exists().where(alarms.c.incident == incidents.c.id, alarms.c.active == 1).label("active"),
         exists().where(alarms.c.incident == incidents.c.id, alarms.c.subject == bindparam("subject")).label("shares"),
     )
-    .where(incidents.c.open == 1)
-    .where(
-        or_(
-            and_(incidents.c.cause == bindparam("cause"), incidents.c.key == bindparam("key")),
-            incidents.c.id.in_(select(alarms.c.incident).where(alarms.c.subject == bindparam("subject"))),
-        )
-    )
+    .where(incidents.c.open == 1, incidents.c.id.in_(_CANDIDATE_IDS))
     .order_by(incidents.c.id)
 )
 _CASE_OF = select(cases).where(cases.c.incident == bindparam("incident"), cases.c.kind != "rescue")
