@@ -379,7 +379,7 @@ def test_every_counter_is_documented() -> None:
     root = Path(__file__).parents[1]
     pages = "\n".join(page.read_text(encoding="utf-8") for page in (root / "docs").glob("*.md"))
     found: set[str] = set()
-    for package in ("api", "streams", "gateway", "citybrain", "simulators"):
+    for package in ("api", "streams", "edge", "gateway", "citybrain", "simulators"):
         for source in (root / package).rglob("*.py"):
             text = source.read_text(encoding="utf-8")
             found |= set(re.findall(r'\b(?:add|delayed)\(\s*"([a-z_]+_total)"', text))
