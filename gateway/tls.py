@@ -13,7 +13,7 @@ from pathlib import Path
 
 from citybrain.clock import iso
 from citybrain.errors import CityBrainError, ConfigError
-from gateway.certificate import Certificate, read_certificate
+from gateway.certificate import read_certificate
 from gateway.config import Tls
 from gateway.times import SET_SINCE_MS
 
@@ -65,6 +65,8 @@ def failure(error: OSError, host: str, now_ms: int) -> str:
     """Return in words why a connection did not come about. now_ms: our wall clock."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return _broker_refused(error, host, now_ms)
+    if isinstance(error, ConnectionResetError | ssl.SSLEOFError):
+        return "it hung up in the middle of the TLS handshake; is it a TLS port?"
     if isinstance(error, ssl.SSLError):
         return _alert(error) or f"TLS: {error.reason or error}; is it a TLS port?"
     if isinstance(error, TimeoutError):
@@ -107,11 +109,6 @@ def own_dates(tls: Tls, now_ms: int) -> str:
 def day(at_s: int) -> str:
     """Return Unix s as a date in UTC."""
     return iso(at_s * 1000)[:10]
-
-
-def mine(tls: Tls) -> Certificate:
-    """Return our own certificate; raises ConfigError."""
-    return read_certificate(Path(tls.certificate))
 
 
 def probe(host: str, port: int, tls: Tls, now_ms: int, timeout_s: float = PROBE_TIMEOUT_S) -> str:
