@@ -62,6 +62,8 @@ _ALL = (
     Metric("value", "1", -1e15, 1e15, "数值", "value"),
     Metric("uptime_s", "s", 0.0, 1e10, "运行时长", "uptime"),
     Metric("spooled", "messages", 0.0, 1e9, "待发消息", "spooled messages"),
+    Metric("clock_offset_s", "s", -1e10, 1e10, "时钟偏差", "clock offset"),
+    Metric("uplink_kb_per_h", "kB/h", 0.0, 1e9, "上行流量", "traffic of the uplink"),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 

@@ -21,7 +21,8 @@ from api import vitals as vitals_of
 from api.disk import Disk, DiskWatch
 from api.health import Late, Reason, Stage, Vitals, judge, level_of
 from api.site import not_live, of_this_run
-from api.status import KEYS, language, lines, verdict
+from api.status import KEYS, lines, verdict
+from citybrain.cli import language
 from citybrain.clock import RunClock
 from citybrain.counters import BOUNDS_S, Counters, Delays, Heartbeat, percentile, read_heartbeats
 from citybrain.layout import Layout
