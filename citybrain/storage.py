@@ -115,6 +115,8 @@ class OsFiles:
             return sorted(os.listdir(folder))  # noqa: PTH208  names, not paths
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise storage_error(folder, error) from error
 
     def make(self, folder: Path) -> None:
         try:

@@ -56,6 +56,8 @@ _ALL = (
     Metric("stall_s", "s", 0.0, 1e7, "占道经营持续", "stall on the pavement for"),
     Metric("lane_blocked_s", "s", 0.0, 1e7, "消防通道占用持续", "fire lane blocked for"),
     Metric("crowd", "1", 0.0, 1.0, "人群密度", "crowd density"),
+    # The first 52 bits of a picture's SHA-256: which evidence a scene event means (citybrain.wire.evidence_number).
+    Metric("evidence", "1", 0.0, 2.0**52, "证据编号", "evidence number"),
     Metric("value", "1", -1e15, 1e15, "数值", "value"),
     Metric("uptime_s", "s", 0.0, 1e10, "运行时长", "uptime"),
     Metric("spooled", "messages", 0.0, 1e9, "待发消息", "spooled messages"),

@@ -25,10 +25,11 @@ from citybrain.wire import (
     readings_of,
 )
 from edge.agent import Agent
-from gateway.spool import LIMIT_BYTES, MAX_BODY, SEGMENT_BYTES, Spool, seeded_epochs, whole_records
+from gateway.spool import LIMIT_BYTES, MAX_BODY, SEGMENT_BYTES, Spool, seeded_epochs
+from gateway.store import whole_records
 from tests.faulty_files import LossyFiles
 
-T, E = Lane.TELEMETRY, Lane.EVENT
+T, E, B = Lane
 FOLDER = Path("/disk/spool")
 
 
@@ -111,7 +112,7 @@ def test_an_all_acknowledged_spool_never_gives_a_seq_twice(tmp_path: Path) -> No
     assert len(segments(OS_FILES, tmp_path / "telemetry")) == 1
     again = opened(tmp_path, segment_bytes=300)
     assert (again.floor(T), again.next_seq(T), again.epoch) == (30, 30, spool.epoch)
-    assert again.resumed == {T: 29, E: 0}
+    assert again.resumed == {T: 29, E: 0, B: 0}
     assert again.body(T, 29) is not None
 
 
@@ -130,7 +131,7 @@ def test_acknowledging_drops_whole_segments_and_ignores_what_it_never_had(tmp_pa
 def test_old_messages_come_back_from_disk_when_memory_has_let_them_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.spool.RECENT_BYTES", 400)
+    monkeypatch.setattr("gateway.store.RECENT_BYTES", 400)
     spool = opened(tmp_path, segment_bytes=1000)
     for number in range(1, 60):  # reads between writes, so that the open segment is read piece by piece
         fill(spool, range(number, number + 1))
@@ -179,7 +180,7 @@ def test_another_board_begins_a_new_epoch_and_keeps_what_is_unsent(tmp_path: Pat
     assert 0 < clone.epoch <= MAX_SEQ
     assert clone.floor(T) == 3
     assert content(clone) == {3: 3.0, 4: 4.0, 5: 5.0}
-    assert clone.resumed == {T: 0, E: 0}
+    assert clone.resumed == dict.fromkeys(Lane, 0)
     assert clone.counters.values["epochs_total{reason=other_board}"] == 1
     assert opened(tmp_path, "B").epoch == clone.epoch
 

@@ -214,7 +214,10 @@ class Board:
 
     def write(self, lane: Lane, values: list[int]) -> None:
         for value in values:
-            self.spool.append(lane, [Reading("d", NOW_MS, {METRIC[lane]: float(value)})], NOW_MS)
+            if lane is Lane.BLOB:
+                self.spool.put_blob(b"picture %d" % value, NOW_MS)
+            else:
+                self.spool.append(lane, [Reading("d", NOW_MS, {METRIC[lane]: float(value)})], NOW_MS)
         self.commit()
         last = self.spool.next_seq(lane)
         for seq in range(last - len(values), last):
