@@ -48,7 +48,7 @@ from tests.protocol import model
 GATEWAY = "gw-1"
 FOLDER = Path("/disk/spool")
 PLACE = Place(114.0, 22.5, "000000000000001")
-METRIC = {Lane.TELEMETRY: "value", Lane.EVENT: "fault_code"}
+METRIC = {Lane.TELEMETRY: "value", Lane.EVENT: "fault_code", Lane.BLOB: "value"}  # of a blob: rubbish, which counts too
 REGISTRY = Registry(
     (Gateway(GATEWAY, 0, PLACE),), (Device("d", "hydrant", GATEWAY, PLACE, ("value",), ("fault_code",)),)
 )
@@ -330,7 +330,7 @@ class Wire(RuleBasedStateMachine):
     def run_out_of_space(self, index: int) -> None:
         board = self.board(index)
         used = sum(len(file.now) for path, file in board.disk.files.items() if path.suffix == ".seg")
-        board.spool.limit_bytes = used // 2
+        board.spool.limit_bytes = used // 4
         board.commit()
         board.spool.limit_bytes = 1 << 20
 
