@@ -167,6 +167,8 @@ class OsFiles:
                 return int.from_bytes(file.read(8), "little")
         except FileNotFoundError:
             return 0
+        except OSError as error:
+            raise storage_error(path, error) from error
 
     @staticmethod
     def _sync_folder(folder: Path) -> None:

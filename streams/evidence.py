@@ -163,7 +163,7 @@ class EvidenceStore:
         """Note, durably, that somebody is shown something; raises StorageError, and then nothing is to be shown."""
         handle = self._files.append(self.folder / VIEWS)
         try:
-            handle.write(msgspec.json.encode(view) + b"\n")
+            handle.write(b"\n" + msgspec.json.encode(view))  # first the end of a line that a kill left half written
             handle.sync()
         finally:
             handle.close()
