@@ -277,10 +277,13 @@ class Spool:
                 return
 
     def _evict(self) -> bool:
-        """Drop the oldest segment of the first lane in `EVICTS` that has one; return whether there was any."""
+        """Drop the oldest segment of the first lane in `EVICTS` that has one; return whether there was any.
+
+        Before anything is lost all goes that is acknowledged and stayed for its numbers alone.
+        """
         if not self._evicts:
             return False
-        for lane in EVICTS:
+        for lane in sorted(EVICTS, key=lambda lane: self._stores[lane].floor < self._stores[lane].committed):
             store = self._stores[lane]
             try:
                 end = store.oldest_end()
