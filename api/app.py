@@ -20,6 +20,7 @@ from api.routes import (
     commands,
     console,
     devices,
+    evidence,
     health,
     maintenance,
     orders,
@@ -61,7 +62,20 @@ def create_app(site: Site) -> FastAPI:
         responses={422: {"model": answers.Refusal, "description": "a parameter or the body is not as it should be"}},
     )
     app.state.site = site
-    for module in (health, devices, readings, assets, alarms, cases, maintenance, commands, orders, platforms, console):
+    for module in (
+        health,
+        devices,
+        readings,
+        assets,
+        alarms,
+        cases,
+        evidence,
+        maintenance,
+        commands,
+        orders,
+        platforms,
+        console,
+    ):
         app.include_router(module.router)
     _handle_errors(app, site)
     return app

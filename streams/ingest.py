@@ -35,6 +35,7 @@ class GatewayStatus(msgspec.Struct, frozen=True):
     online: bool
     at: int
     serial: str = ""
+    spool: str = ""  # what its spool found damaged when it started
 
 
 class Ingest:
@@ -99,7 +100,7 @@ class Ingest:
         return known
 
     def message(self, topic: str, payload: bytes, now_ms: int) -> None:
-        """Take one MQTT message (`cb/v1/{shard}/{gateway}/{telemetry|event|status}`), received at `now_ms`.
+        """Take one MQTT message (`cb/v1/{shard}/{gateway}/{telemetry|event|blob|status}`), received at `now_ms`.
 
         Nothing that comes from outside raises: it is counted under a reason, and said.
         """
@@ -138,7 +139,7 @@ class Ingest:
             self.counters.drop("stale_status")
             return
         self.counters.add("status_total")
-        self.gateways[gateway] = GatewayStatus(status.connection, status.online, status.at, status.serial)
+        self.gateways[gateway] = GatewayStatus(status.connection, status.online, status.at, status.serial, status.spool)
         self.counters.details["gateways"] = self.gateways
         if status.online:
             self.births.add(gateway)

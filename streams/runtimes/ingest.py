@@ -43,7 +43,7 @@ MAILBOX_S = 0.2
 IDLE_S = 0.1  # how long a quiet loop waits: a signal, a command, a tick or a heartbeat is at most that late
 BACK_OFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 MOST_QUARANTINED = 20  # devices that the heartbeat names
-CHANNELS = ("telemetry", "event", "status", "reply")
+CHANNELS = ("telemetry", "event", "blob", "status", "reply")
 
 
 def control_of(command: Command, now_ms: int) -> Control:
