@@ -7,6 +7,7 @@ from collections import deque
 from citybrain.clock import SECOND_MS, monotonic_s
 from citybrain.counters import Counters
 from citybrain.model import Lane, Reading
+from edge.driver import Quality
 from gateway.spool import Spool
 from gateway.times import BoxClock
 
@@ -16,7 +17,9 @@ MARKS = 60  # of the last hour's bytes
 
 
 class Vitals:
-    """A source (`edge.agent.Source`): `uptime_s`, `spooled`, `clock_offset_s`, `uplink_kb_per_h` (both directions)."""
+    """A source (`edge.agent.Source`): `uptime_s`, `spooled`, `clock_offset_s`, `uplink_kb_per_h` (both directions), and
+    `quality`, which says that what we tell has no sure time where the clock is not set.
+    """
 
     def __init__(self, gateway: str, spool: Spool, clock: BoxClock, counters: Counters) -> None:
         self._gateway = gateway
@@ -43,6 +46,7 @@ class Vitals:
         }
         if not self._clock.unset:
             values["clock_offset_s"] = round(self._clock.offset_s, 3)
+        values["quality"] = float(Quality.CLOCK_UNSET if self._clock.unset else Quality.GOOD)
         return [(Lane.TELEMETRY, Reading(self._gateway, now_ms - now_ms % EVERY_MS, values))]
 
     def _per_hour(self) -> float:
