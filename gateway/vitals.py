@@ -35,9 +35,10 @@ class Vitals:
         return monotonic_s() - self._since_s
 
     def poll(self, now_ms: int) -> list[tuple[Lane, Reading]]:
-        """Return a reading where one is due, at full 10 s so that gateways can be compared."""
+        """Return a reading where one is due: at once, then at full 10 s so that gateways can be compared."""
         if 0 <= self._due_ms - now_ms <= EVERY_MS:
             return []
+        at_ms = now_ms - now_ms % EVERY_MS if self._due_ms else now_ms  # the process before may have told the full 10 s
         self._due_ms = now_ms - now_ms % EVERY_MS + EVERY_MS
         values = {
             "uptime_s": round(self.uptime_s, 1),
@@ -47,7 +48,7 @@ class Vitals:
         if not self._clock.unset:
             values["clock_offset_s"] = round(self._clock.offset_s, 3)
         values["quality"] = float(Quality.CLOCK_UNSET if self._clock.unset else Quality.GOOD)
-        return [(Lane.TELEMETRY, Reading(self._gateway, now_ms - now_ms % EVERY_MS, values))]
+        return [(Lane.TELEMETRY, Reading(self._gateway, at_ms, values))]
 
     def _per_hour(self) -> float:
         now_s, total = monotonic_s(), self._bytes()
