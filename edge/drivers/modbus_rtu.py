@@ -37,6 +37,7 @@ from edge.drivers.modbus import (
     refusal,
 )
 from edge.drivers.registers import Block, RegisterMap
+from edge.serial_port import open_port
 
 __all__ = ["DEADLINE_S", "PROCESS", "Config", "make"]
 PROCESS = False
@@ -143,9 +144,7 @@ class SerialLine:
         """Open the port, for us alone."""
         config = self._config
         self.close()
-        self._port = serial.Serial(
-            config.port, config.baud, parity=config.parity, stopbits=config.stop_bits, timeout=0, exclusive=True
-        )
+        self._port = open_port(config.port, config.baud, config.parity, config.stop_bits)
         self._free_s = monotonic_s() + config.gap_s
 
     def close(self) -> None:
