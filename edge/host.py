@@ -129,7 +129,7 @@ class Supervised:
         self.limits = Limits(what.limits) if what.limits else None
         self.heartbeat_ms = int(what.report.heartbeat) if what.report is not None else QUALITY_HEARTBEAT_MS
         self.qualities: dict[str, tuple[Quality, int]] = {}  # by device, with when it was told last
-        self.whys: dict[str, str] = {}
+        self.whys: dict[str, str] = {}  # by device, what was said with it
         self.shown: dict[str, tuple[Quality, float]] = {}  # by device, what its last log line said, and when
         self.sampled: dict[str, float] = {}  # by reason, when what was dropped was shown last
         self.doubted: set[str] = set()  # devices that are distrusted because the driver failed
@@ -244,9 +244,10 @@ class Hosts:
         self, one: Supervised, device: str, quality: Quality, why: str, now_ms: int, found: list[tuple[Lane, Reading]]
     ) -> None:
         before = one.qualities.get(device)
+        one.whys[device] = why
         if before is not None and before[0] is quality:
             return
-        one.qualities[device], one.whys[device] = (quality, now_ms), why
+        one.qualities[device] = (quality, now_ms)
         found.append((Lane.TELEMETRY, Reading(device, now_ms, {"quality": float(quality)})))
 
     def _log_changes(self, one: Supervised) -> None:
@@ -345,6 +346,15 @@ class Hosts:
     def qualities(self) -> dict[str, Quality]:
         """Return how far each device that was spoken of can be trusted now."""
         return {device: said[0] for one in self._drivers.values() for device, said in one.qualities.items()}
+
+    def reasons(self) -> dict[str, str]:
+        """Return why a device cannot be trusted now, for those that cannot."""
+        return {
+            device: f"{quality.name.lower()}{': ' if one.whys[device] else ''}{one.whys[device]}"
+            for one in self._drivers.values()
+            for device, (quality, _) in one.qualities.items()
+            if quality is not Quality.GOOD
+        }
 
     def ask(self, request: Request) -> bool:
         """Pass a request to the driver of its device, or to all where it names none; return whether one took it."""
