@@ -149,7 +149,8 @@ def wait(condition: Callable[[], bool], what: str, limit_s: float = PATIENCE_S) 
 class Accidents:
     """What happens to the gateway, in an order that the seed decides."""
 
-    def __init__(self, platform: Platform, source: Source, rng: random.Random) -> None:
+    def __init__(self, platform: Platform, source: Source, rng: random.Random, pause_s: float) -> None:
+        self._pause_s = pause_s
         self.recovery_s: list[float] = []
         self.victims: Counter[str] = Counter()
         self._platform = platform
@@ -161,7 +162,7 @@ class Accidents:
         plan = [self._kill] * kills + [self._full_disk] * full_disks + [self._cut] * cuts
         self._rng.shuffle(plan)
         for accident in plan:
-            time.sleep(self._rng.uniform(0.1, 1.0))
+            time.sleep(self._rng.uniform(0.2, 1.8) * self._pause_s)
             accident()
 
     def recovered(self) -> None:
@@ -212,16 +213,15 @@ class Verdict:
         self._by_device: dict[int, int] = {}
 
     def message(self, seq: int, numbers: list[int]) -> None:
-        """Take a message's numbers: a gap between them is an eviction only where the seqs have one there too."""
-        gone = seq - self.seq - 1
-        self.seqs_gone += max(gone, 0)
-        if numbers and numbers[0] > self.last + 1:
-            missing = numbers[0] - self.last - 1
-            self.evicted, self.lost = (
-                (self.evicted + missing, self.lost) if gone > 0 else (self.evicted, self.lost + missing)
-            )
-        for before, n in zip([numbers[0] - 1, *numbers], numbers, strict=False) if numbers else ():
-            self.lost += max(n - before - 1, 0)
+        """Take a message's numbers: a gap before them is an eviction only where the seqs have one there too."""
+        gone = max(seq - self.seq - 1, 0)
+        self.seqs_gone += gone
+        for place, n in enumerate(numbers):
+            missing = max(n - self.last - 1, 0)
+            if gone and not place:
+                self.evicted += missing
+            else:
+                self.lost += missing
             self._number(n)
         self.seq = max(self.seq, seq)
 
@@ -265,7 +265,7 @@ def judge(layout: Layout, source: Source) -> dict[str, int]:
     }
 
 
-def run(root: Path, seed: int, kills: int, full_disks: int, cuts: int) -> dict[str, Any]:
+def run(root: Path, seed: int, kills: int, full_disks: int, cuts: int, pause_s: float) -> dict[str, Any]:
     """Run everything, drain, judge."""
     rng = random.Random(seed)
     card = Path(os.environ.get(MOUNTED, root / "card"))
@@ -273,7 +273,7 @@ def run(root: Path, seed: int, kills: int, full_disks: int, cuts: int) -> dict[s
     full_disks = full_disks if MOUNTED in os.environ else 0
     source = Source(RATES)
     platform = Platform(root, card, source.port, registry())
-    accidents = Accidents(platform, source, rng)
+    accidents = Accidents(platform, source, rng, pause_s)
     begun_s = time.monotonic()
     try:
         platform.start()
@@ -320,6 +320,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--full-disks", type=int, default=20)
     parser.add_argument("--cuts", type=int, default=20)
+    parser.add_argument("--pause-s", type=float, default=0.5, help="mean pause between accidents")
     parser.add_argument("--drain-days", type=float, default=0.0, help="instead: how long the gateway was offline")
     parser.add_argument("--dense", action="store_true", help="of --drain-days: 64 points at 1 Hz, told by exception")
     parser.add_argument("--data", type=Path, help="keep the data here (default: a folder that is removed)")
@@ -337,7 +338,7 @@ def main() -> int:
 
             result = drain(root, options.seed, options.drain_days, dense=options.dense)
         else:
-            result = run(root, options.seed, options.kills, options.full_disks, options.cuts)
+            result = run(root, options.seed, options.kills, options.full_disks, options.cuts, options.pause_s)
     print(json.dumps(result) if options.json else "\n".join(f"{k:16} {v}" for k, v in result.items()))
     return 1 if any(result[key] for key in ("lost", "repeated", "disordered")) else 0
 
