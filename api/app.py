@@ -23,6 +23,7 @@ from api.routes import (
     evidence,
     health,
     maintenance,
+    orders,
     platforms,
     readings,
 )
@@ -71,6 +72,7 @@ def create_app(site: Site) -> FastAPI:
         evidence,
         maintenance,
         commands,
+        orders,
         platforms,
         console,
     ):

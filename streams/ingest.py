@@ -63,6 +63,7 @@ class Ingest:
         self.counters = counters
         self.complete = True  # whether the last commit stored everything
         self.gateways: dict[str, GatewayStatus] = {}
+        self.births: set[str] = set()  # gateways that connected since whoever reads this cleared it
         self._complaints = Complaints(counters)
         self._registries: dict[str, Decoder] = {}
         self._logs = logs or SegmentStore(layout, files, segment_bytes)
@@ -140,6 +141,8 @@ class Ingest:
         self.counters.add("status_total")
         self.gateways[gateway] = GatewayStatus(status.connection, status.online, status.at, status.serial, status.spool)
         self.counters.details["gateways"] = self.gateways
+        if status.online:
+            self.births.add(gateway)
 
     def _rubbish(self, topic: str, payload: bytes, now_ms: int, fault: WireError) -> None:
         """Count a message that is none; if its header can be read take its number, or it blocks its lane for ever."""
