@@ -162,6 +162,7 @@ def _nearest(name: str, kind: Any) -> str:
         names.update(fields)
         hints = typing.get_type_hints(current) if fields else {}
         todo += [*hints.values(), *typing.get_args(current)]
+    names.discard(name)  # known, but not there
     close = difflib.get_close_matches(name, sorted(names), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
