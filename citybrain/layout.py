@@ -76,6 +76,10 @@ class Layout(msgspec.Struct, frozen=True):
         return self.root / "secrets"
 
     @property
+    def ca(self) -> Path:
+        return self.root / "ca"
+
+    @property
     def truth(self) -> Path:
         return self.root / "truth.jsonl"
 
