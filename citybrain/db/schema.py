@@ -31,6 +31,16 @@ meta = Table(
     Column("value", Text, nullable=False),
 )
 
+lease = Table(
+    "lease",
+    metadata,
+    Column("name", String, primary_key=True),  # desk
+    Column("holder", String, nullable=False),
+    Column("generation", BigInteger, nullable=False),  # one more with every change of the holder
+    Column("until", BigInteger, nullable=False),  # by the database's clock; 0 where a file lock decides (SQLite)
+    comment="who may write: locked and compared in every transaction of a writer",
+)
+
 consumed = Table(
     "consumed",
     metadata,
@@ -87,7 +97,12 @@ alarms = Table(
     ),
     Index("alarms_by_incident", "incident"),
     Index("alarms_by_subject", "subject"),
-    Index("alarms_due", "due_at", sqlite_where=text("due_at IS NOT NULL")),
+    Index(
+        "alarms_due",
+        "due_at",
+        sqlite_where=text("due_at IS NOT NULL"),
+        postgresql_where=text("due_at IS NOT NULL"),
+    ),
 )
 
 incidents = Table(
@@ -110,7 +125,12 @@ incidents = Table(
     Column("confirmed_by", String),
     Column("reason", String, nullable=False, server_default=""),
     Index("open_incidents", "cause", "key", sqlite_where=text("open = 1"), postgresql_where=text("open = 1")),
-    Index("incidents_due", "due_at", sqlite_where=text("due_at IS NOT NULL")),
+    Index(
+        "incidents_due",
+        "due_at",
+        sqlite_where=text("due_at IS NOT NULL"),
+        postgresql_where=text("due_at IS NOT NULL"),
+    ),
 )
 
 cases = Table(
