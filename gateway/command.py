@@ -19,6 +19,9 @@ from citybrain.layout import Layout
 ACTIONS = {
     "run": ("serve: drivers, spool, uplink, orders", "gateway.command"),
     "status": ("say how the box is", "gateway.status"),
+    "enrol": ("get certificate and configuration for a one-time code", "gateway.enrol"),
+    "commission": ("has the platform seen every point? say so, signed", "gateway.commission"),
+    "renew": ("get the next certificate where that is due", "gateway.renew"),
 }
 
 

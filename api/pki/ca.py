@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -147,18 +147,23 @@ class Authority:
         key: ec.EllipticCurvePublicKey,
         actor: str,
         reason: str,
-        *,
-        event: Event = "sign",
-        code: str = "",
-        board: str = "",
-        hosts: Sequence[str] = (),
     ) -> Issued:
         """Sign a certificate and return its entry; raises UsageError, TransitionError where the authority has ended."""
         certificates.check_name(name, kind)
         if kind == "gateway" and name.startswith(SERVICE):
             raise UsageError(f"gateway {name!r}: names that begin with {SERVICE!r} are our own services'")
         with self._writing():
-            return self._sign(kind, name, key, actor, reason, event, code, board, hosts)
+            return self._sign(kind, name, key, actor, reason)
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[str, ec.EllipticCurvePublicKey, Event, str, str], Issued]]:
+        """Give a way to sign for a box (name, key, event, code, board) after looking at the book, as one step."""
+
+        def sign(name: str, key: ec.EllipticCurvePublicKey, event: Event, code: str, board: str) -> Issued:
+            return self._sign("gateway", name, key, f"box {board}" if board else "box", "", event, code, board)
+
+        with self._writing():
+            yield sign
 
     def make_service(self, name: str, actor: str, reason: str) -> tuple[Issued, bytes]:
         """Return a certificate for one of our own services, and its key in PEM, which is kept nowhere else."""
@@ -182,7 +187,7 @@ class Authority:
         return found
 
     def add_code(self, code: str, gateway: str, until_ms: int, actor: str, reason: str) -> None:
-        """Enter an enrolment code, by its hash; earlier unused ones of the gateway are superseded by `latest_code`."""
+        """Enter an enrolment code, by its hash; it takes the place of earlier ones of the gateway."""
         with self._writing():
             step = Step(self.clock.now_ms(), "code", actor, reason, name=gateway, until=until_ms, code=code)
             self._add([step])

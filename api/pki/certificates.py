@@ -77,6 +77,13 @@ def read_request(pem: bytes) -> x509.CertificateSigningRequest:
     return request
 
 
+def key(request: x509.CertificateSigningRequest) -> ec.EllipticCurvePublicKey:
+    """Return the key of a request that `read_request` has taken."""
+    found = request.public_key()
+    assert isinstance(found, ec.EllipticCurvePublicKey)
+    return found
+
+
 def request_for(key: Key, name: str) -> bytes:
     """Return a certificate request for `name` in PEM."""
     made = x509.CertificateSigningRequestBuilder().subject_name(_name(name)).sign(key, hashes.SHA256())

@@ -38,7 +38,7 @@ def _sign(authority: Authority, args: argparse.Namespace) -> dict[str, Any]:
         name = certificates.common_name(request.subject)
         if name != args.name:
             raise UsageError(f"{args.csr}: it asks for {name!r}, not for {args.name!r}")
-        one, key = authority.sign("gateway", name, request.public_key(), args.actor, args.reason), b""  # type: ignore[arg-type]
+        one, key = authority.sign("gateway", name, certificates.key(request), args.actor, args.reason), b""
     else:
         one, key = authority.make_service(args.name, args.actor, args.reason)
     OS_FILES.make(args.out)

@@ -58,10 +58,11 @@ class Issued(msgspec.Struct, frozen=True):
 
 
 class Code(msgspec.Struct, frozen=True):
-    """An enrolment code: whose, until when, and by which key it was used."""
+    """An enrolment code: whose, from when until when, and by which key it was used."""
 
     hash: str
     gateway: str
+    made_ms: int
     until_ms: int
     used_ms: int | None = None
     key: str = ""
@@ -94,7 +95,7 @@ class Book(msgspec.Struct):
             old = self.issued[step.serial]
             self.issued[step.serial] = msgspec.structs.replace(old, revoked_ms=step.at, why=step.reason)
         elif step.event == "code":
-            self.codes[step.code] = Code(step.code, step.name, step.until)
+            self.codes[step.code] = Code(step.code, step.name, step.at, step.until)
         else:
             self.issued[step.serial] = Issued(
                 step.serial, step.name, step.kind, step.authority, step.at, step.until, step.key, step.board
