@@ -88,9 +88,10 @@ def configuration(folder: BrokerFolder) -> str:
 
 def access(book: Book, now_ms: int) -> str:
     """Return the access list: a gateway its own topics, ingest all of them, one that is shut out none."""
-    lines = ["# Written by `citybrain ca`.", f"user {INGEST}", "topic read cb/v1/#"]
-    lines += [f"topic write cb/v1/+/+/{channel}" for channel in DOWN]
-    for name, one in sorted({**book.latest("gateway"), **book.latest("service")}.items()):
+    lines, services = ["# Written by `citybrain ca`."], book.latest("service")
+    for name in sorted({INGEST, *(name for name in services if name.startswith(INGEST))}):
+        lines += [f"user {name}", "topic read cb/v1/#", *(f"topic write cb/v1/+/+/{channel}" for channel in DOWN)]
+    for name, one in sorted({**book.latest("gateway"), **services}.items()):
         if one.state(now_ms) == "revoked":
             lines += [f"user {name}", "topic deny cb/#"]
     lines += [f"pattern write cb/v1/+/%u/{channel}" for channel in UP]
