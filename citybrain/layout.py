@@ -64,6 +64,10 @@ class Layout(msgspec.Struct, frozen=True):
         return self.root / "blobs"
 
     @property
+    def evidence(self) -> Path:
+        return self.root / "evidence"
+
+    @property
     def clouds(self) -> Path:
         return self.root / "clouds"
 

@@ -103,7 +103,8 @@ def segment_name(first: int) -> str:
 
 def segments(files: Files, folder: Path) -> list[int]:
     """Return the first offsets of the folder's segments, in order."""
-    return [int(name[: -len(SUFFIX)]) for name in files.names(folder) if name.endswith(SUFFIX) and name[0] != "."]
+    names = (name.removesuffix(SUFFIX) for name in files.names(folder) if name.endswith(SUFFIX))
+    return [int(name) for name in names if name.isdecimal()]
 
 
 class Writer:

@@ -115,6 +115,8 @@ class OsFiles:
             return sorted(os.listdir(folder))  # noqa: PTH208  names, not paths
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise storage_error(folder, error) from error
 
     def make(self, folder: Path) -> None:
         try:
@@ -172,6 +174,8 @@ class OsFiles:
                 return int.from_bytes(file.read(8), "little")
         except FileNotFoundError:
             return 0
+        except OSError as error:
+            raise storage_error(path, error) from error
 
     @staticmethod
     def _sync_folder(folder: Path) -> None:

@@ -59,6 +59,8 @@ _ALL = (
     # What the edge says of a device: how far it can be trusted (edge.driver.Quality), and a limit of its own (0: over).
     Metric("quality", "code", 0.0, 7.0, "数据质量", "quality"),
     Metric("local_alarm", "code", 0.0, 999.0, "就地报警", "local alarm"),
+    # The first 52 bits of a picture's SHA-256: which evidence a scene event means (citybrain.wire.evidence_number).
+    Metric("evidence", "1", 0.0, 2.0**52, "证据编号", "evidence number"),
     Metric("value", "1", -1e15, 1e15, "数值", "value"),
     Metric("uptime_s", "s", 0.0, 1e10, "运行时长", "uptime"),
     Metric("spooled", "messages", 0.0, 1e9, "待发消息", "spooled messages"),

@@ -158,6 +158,7 @@ class Hosts:
         self._told_ahead_ms = 0
         self._blobs: list[tuple[str, bytes]] = []
         self._answers: list[Answer] = []
+        self._changes: dict[tuple[str, Quality, str], list[str]] = {}  # by driver, quality and reason: devices
         self._by_device: dict[str, str] = {}
         for name, one in self._drivers.items():
             for device in one.devices:
@@ -181,6 +182,7 @@ class Hosts:
         for one in self._drivers.values():
             self._tell_qualities(one, now_ms, found)
         self._tell_time()
+        self._log_changes()
         return found
 
     def blobs(self) -> list[tuple[str, bytes]]:
@@ -240,12 +242,20 @@ class Hosts:
             return
         one.qualities[device] = (quality, now_ms)
         found.append((Lane.TELEMETRY, Reading(device, now_ms, {"quality": float(quality)})))
-        if quality is not Quality.GOOD:
-            text = f"{one.what.name}: {device}: {quality.name.lower()}{': ' if why else ''}{why}"
-            log.warning(text)
-            self._counters.warn(text)
-        elif before is not None:
-            log.info("%s: %s: good again", one.what.name, device)
+        if quality is not Quality.GOOD or before is not None:
+            self._changes.setdefault((one.what.name, quality, why), []).append(device)
+
+    def _log_changes(self) -> None:
+        """Say what changed since the last call; what befell several devices at once in one line."""
+        for (name, quality, why), devices in self._changes.items():
+            who = ", ".join(devices[:3]) + (f" and {len(devices) - 3} more" if len(devices) > 3 else "")
+            if quality is Quality.GOOD:
+                log.info("%s: %s: good again", name, who)
+            else:
+                text = f"{name}: {who}: {quality.name.lower()}{': ' if why else ''}{why}"
+                log.warning(text)
+                self._counters.warn(text)
+        self._changes.clear()
 
     def _tell_qualities(self, one: Supervised, now_ms: int, found: list[tuple[Lane, Reading]]) -> None:
         for device, (quality, told_ms) in one.qualities.items():

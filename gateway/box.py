@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from citybrain.clock import monotonic_s
+from citybrain.clock import SECOND_MS, monotonic_s
 from citybrain.errors import CityBrainError, DiskFull, StorageError, Unavailable
 from citybrain.layout import Layout
 from citybrain.model import Lane
@@ -23,6 +23,7 @@ from gateway.config import GatewayConfig
 from gateway.journal import JournalCounters
 from gateway.lines import Lines
 from gateway.orders import Orders
+from gateway.pace import Paced
 from gateway.service import Broker, GatewayService
 from gateway.spool import Spool
 from gateway.times import BoxClock
@@ -67,9 +68,11 @@ class Box:
         self.counters = counters
         self.clock = clock
         self.orders = orders
+        limit_bytes = config.spool.limit_mb * 1024 * 1024
         self.spool = Spool(
-            folder / SPOOL, board_serial(), files, config.spool.limit_mb * 1024 * 1024, counters=counters
+            folder / SPOOL, board_serial(), files, limit_bytes, counters=counters, age_ms=config.spool.age
         )
+        self._sink = Paced(self.spool, monotonic_s, config.spool.commit_every / SECOND_MS)
         self._watchdog = watchdog
         self._broker = broker_of(folder, config)
         self._inbox: list[bytes] = []
@@ -83,7 +86,8 @@ class Box:
             uplink, self.config.gateway, self.config.shard, self._broker, self.clock, self._inbox.append
         )
         vitals = Vitals(self.config.gateway, self.spool, self.clock, self.counters)
-        self._agent = Agent([self.lines, vitals], self.spool, BATCH, self.config.spool.commit_every)
+        linger_ms = min(self.config.spool.commit_every, SECOND_MS)
+        self._agent = Agent([self.lines, vitals], self._sink, BATCH, linger_ms)
         self.lines.hosts.start()
 
     def step(self, timeout_s: float = STEP_S) -> list[Order]:
@@ -107,9 +111,19 @@ class Box:
     def _sample(self) -> None:
         try:
             self._agent.step(self.clock.now_ms())
+            for driver, content in self.lines.hosts.blobs():
+                self._keep(driver, content)
+            self._sink.commit()
         except DiskFull as error:  # what did not fit is counted by the spool, by lane and reason
             self.counters.add("errors_total", stage="disk_full")
             self.counters.warn(str(error))
+
+    def _keep(self, driver: str, content: bytes) -> None:
+        try:
+            self.spool.put_blob(content, self.clock.now_ms())
+        except ValueError as error:
+            self.counters.drop("blob_size")
+            self.counters.warn(f"evidence of {driver}: {error}")
 
     def _answer(self) -> None:
         for id, ok, text in self.lines.answers():
@@ -121,6 +135,8 @@ class Box:
 
     def _every_second(self) -> None:
         self.clock.follow()
+        if not self.clock.unset:
+            self.spool.expire(self.clock.now_ms())
         self.service.count_bytes()
         gauges, details = self.counters.gauges, self.counters.details
         gauges["spooled"] = float(self.spool.spooled())
@@ -152,7 +168,7 @@ class Box:
             self._agent.flush(now_ms)
             for lane in Lane:
                 self.spool.append(lane, [reading for there, reading in last if there is lane], now_ms)
-            self.spool.commit()
+            self._sink.flush()
         except DiskFull as error:
             self.counters.warn(str(error))
         finally:

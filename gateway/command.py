@@ -18,6 +18,7 @@ from citybrain.layout import Layout
 # An action is a module with `arguments(parser)` and `run(args) -> int`; it is imported when it is called.
 ACTIONS = {
     "run": ("serve: drivers, spool, uplink, orders", "gateway.command"),
+    "doctor": ("check everything that could keep this box from working", "gateway.doctor"),
     "status": ("say how the box is", "gateway.status"),
     "enrol": ("get certificate and configuration for a one-time code", "gateway.enrol"),
     "commission": ("has the platform seen every point? say so, signed", "gateway.commission"),

@@ -288,7 +288,7 @@ class GatewayService:
         client.publish(self._status_topic, self._status(online=online), qos=1)
 
     def _status(self, *, online: bool) -> bytes:
-        return encode_json(Status(self._connection, online, self._clock.now_ms(), self.spool.serial))
+        return encode_json(Status(self._connection, online, self._clock.now_ms(), self.spool.serial, self.spool.fault))
 
     # --- paho's callbacks: they only note; whatever acts is done in `advance` ---
 

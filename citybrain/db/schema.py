@@ -305,12 +305,30 @@ registers = Table(
     Index("registers_by_subject", "subject"),
 )
 
+orders = Table(
+    "orders",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("command", String, nullable=False, unique=True),  # its id on the wire
+    Column("gateway", String, nullable=False),
+    Column("what", String, nullable=False),
+    Column("body", Text, nullable=False),  # json
+    Column("actor", String, nullable=False),
+    Column("reason", String, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("until", BigInteger, nullable=False),
+    Column("state", String, nullable=False),  # asked | done | failed
+    Column("answer", Text, nullable=False),
+    Column("answered_at", BigInteger),
+    Index("orders_by_gateway", "gateway", "id"),
+)
+
 asked = Table(
     "asked",
     metadata,
     Column("id", Id, primary_key=True),
     Column("at", BigInteger, nullable=False),
-    Column("kind", String, nullable=False),  # registry | override
+    Column("kind", String, nullable=False),  # registry | override | order
     Column("body", Text, nullable=False),  # json
     Column("actor", String, nullable=False),
     Column("reason", String, nullable=False),

@@ -32,6 +32,7 @@ from streams.decode import warm
 from streams.ingest import SEGMENT_BYTES, Ingest
 from streams.log import Control
 from streams.logs import LogStore
+from streams.orders import Orders
 from streams.runtimes.mqtt import Link
 from streams.runtimes.stores import add_arguments, open_place
 
@@ -43,7 +44,7 @@ MAILBOX_S = 0.2
 IDLE_S = 0.1  # how long a quiet loop waits: a signal, a command, a tick or a heartbeat is at most that late
 BACK_OFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 MOST_QUARANTINED = 20  # devices that the heartbeat names
-CHANNELS = ("telemetry", "event", "status")
+CHANNELS = ("telemetry", "event", "blob", "status", "reply")
 
 
 def control_of(command: Command, now_ms: int) -> Control:
@@ -93,6 +94,7 @@ class IngestProcess:
         self._clock = run.clock
         self._reconnect_ms = round(RECONNECT_S * 1000 * run.clock.speed)
         self._mailbox = Mailbox(layout.mailbox(name))
+        self._orders = Orders(layout, self.shards, self.counters)
         self._topics = [f"cb/v1/{shard}/+/{channel}" for shard in self.shards for channel in CHANNELS]
         self._link = Link(host or run.host, port, name, tls=tls)
         self._stopping = False
@@ -137,6 +139,7 @@ class IngestProcess:
         taken = self._burst()
         self._tick()
         self._commit()
+        self._publish_orders()
         self._link.flush()
         self.counters.delayed("lag_s", monotonic_s() - began_s, taken)  # until durable and acknowledged
         self._link.keep_alive()
@@ -171,11 +174,21 @@ class IngestProcess:
             now_ms = self._clock.now_ms()
             take = self.ingest.message
             for topic, payload in messages:
-                take(topic, payload, now_ms)
+                if topic.endswith("/reply"):
+                    self._orders.reply(topic, payload, now_ms)
+                else:
+                    take(topic, payload, now_ms)
             left -= len(messages)
             if monotonic_s() >= until_s:
                 break
         return BURST_MESSAGES - left
+
+    def _publish_orders(self) -> None:
+        for gateway in self.ingest.births:
+            self._orders.born(gateway)
+        self.ingest.births.clear()
+        for topic, payload in self._orders.due(self._clock.now_ms()):
+            self._link.publish(topic, payload)
 
     def _quarantined(self) -> None:
         self.counters.details["quarantine"] = self.ingest.quarantined(MOST_QUARANTINED)

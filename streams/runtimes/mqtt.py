@@ -107,7 +107,7 @@ def _length(data: bytes, at: int) -> tuple[int, int] | None:
 
 
 class Link:
-    """A connection to the broker, within TLS where there is a context; all methods raise Unavailable once it is broken."""
+    """A connection to the broker, within TLS where it has a context; every method raises Unavailable once it breaks."""
 
     def __init__(
         self, host: str, port: int, client_id: str, keep_alive_s: int = 20, tls: ssl.SSLContext | None = None
