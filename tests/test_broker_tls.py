@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,8 +12,15 @@ import pytest
 
 from api.pki.ca import Authority
 from citybrain.clock import DAY_MS, ManualClock, real_unix_ms
+from citybrain.counters import read_heartbeats
+from citybrain.model import Lane, Reading
+from gateway.config import Tls
+from gateway.service import Broker, GatewayService, poll_all
+from gateway.spool import Spool
+from gateway.uplink import Uplink
 from tests.authority import Box, Client, TlsBroker, made, tls_broker
-from tests.conftest import eventually
+from tests.conftest import end, eventually
+from tests.seeded_site import Seeded, seeded
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +193,108 @@ def test_the_list_is_renewed_long_before_it_is_old(tmp_path: Path) -> None:
     clock.set_ms(clock.now_ms() + 2 * DAY_MS)
     authority.tend()
     assert (authority.folder / "crl.pem").read_bytes() != before
+
+
+# --- all of it: box, broker, ingest -------------------------------------------------------------------------------
+
+
+class SecurePath:
+    """A seeded site whose ingest reaches the broker over TLS with its own certificate."""
+
+    def __init__(self, root: Path, authority: Authority, site: Seeded, broker: TlsBroker) -> None:
+        self.root, self.authority, self.site, self.broker = root, authority, site, broker
+
+    def box(self, name: str) -> Box:
+        return Box(self.root, self.authority, name)
+
+    def service(self, box: Box, board: str, spool: Path) -> GatewayService:
+        tls = Tls(str(box.trust), str(box.certificate), str(box.key_file))
+        opened = Spool(spool, board)
+        opened.start()
+        shard = self.site.index.gateways[self.site.index.gateway_index[box.name]].shard
+        broker = Broker("127.0.0.1", self.broker.port, tls=tls)
+        return GatewayService(Uplink(opened, box.name, shard, timeout_s=0.5), box.name, shard, broker)
+
+    def counted(self, name: str) -> float:
+        found = [beat for beat in read_heartbeats(self.site.layout.run) if beat.process == "ingest"]
+        return found[0].counters.get(name, 0.0) if found else 0.0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecurePath]:
+    root = tmp_path_factory.mktemp("whole")
+    site = seeded(root / "site")
+    for writer in site.writers:
+        writer.close()
+    authority = made(root / "site")
+    issued, key = authority.make_service("service-ingest", "li", "test")
+    files = [root / name for name in ("ca.pem", "ingest.pem", "ingest.key")]
+    for path, data in zip(files, (authority.trust(), authority.pem(issued.serial), key), strict=True):
+        path.write_bytes(data)
+    with tls_broker(root, authority) as broker:
+        argv = [sys.executable, "-m", "citybrain", "ingest", "--data", str(site.layout.root)]
+        argv += ["--mqtt-host", "127.0.0.1", "--port", str(broker.port), "--mqtt-tls", ",".join(map(str, files))]
+        with (root / "ingest.log").open("wb") as log, subprocess.Popen(argv, stdout=log, stderr=log) as ingest:
+            try:
+                ready = SecurePath(root, authority, site, broker)
+                connected = lambda: any(b.gauges.get("connected") for b in read_heartbeats(site.layout.run))  # noqa: E731
+                eventually(connected, 30, f"ingest connected: {(root / 'ingest.log').read_text()}")
+                yield ready
+            finally:
+                end(ingest)
+
+
+def polled(*services: GatewayService) -> bool:
+    poll_all(services, 0.02)
+    return True
+
+
+def test_what_a_box_says_within_tls_is_logged_and_acknowledged(tmp_path: Path, whole: SecurePath) -> None:
+    service = whole.service(whole.box("gw-01"), "board-1", tmp_path)
+    device = next(
+        one.id for one in whole.site.district.registry.devices if one.gateway == "gw-01" and one.kind == "hydrant"
+    )
+    for number in range(500):
+        values = {"pressure_mpa": 0.3 + number / 10_000}
+        service.spool.append(Lane.TELEMETRY, [Reading(device, whole.site.now_ms + number, values)], number)
+    service.spool.commit()
+    eventually(lambda: polled(service) and service.ready and service.uplink.idle(), 20, "all of it acknowledged")
+    service.close()
+    assert whole.counted("errors_total{stage=broker}") == 0
+
+
+def test_a_clone_and_the_first_one_are_noticed_as_two_boards(tmp_path: Path, whole: SecurePath) -> None:
+    box = whole.box("gw-02")
+    first, clone = whole.service(box, "board-1", tmp_path / "a"), whole.service(box, "board-2", tmp_path / "b")
+    eventually(lambda: polled(first) and first.ready)
+    eventually(lambda: polled(first, clone) and whole.counted("boards_total") >= 2, 30, "both boards heard in turn")
+    first.close()
+    clone.close()
+
+
+def test_the_log_of_a_revoked_box_says_so(tmp_path: Path, whole: SecurePath) -> None:
+    box = whole.box("gw-03")
+    service = whole.service(box, "board-3", tmp_path)
+    eventually(lambda: polled(service) and service.ready)
+    whole.authority.revoke([box.issued.serial], "li", "stolen")
+    service.spool.append(Lane.TELEMETRY, [Reading("x", 1, {"pressure_mpa": 0.3})], 1)
+    service.spool.commit()
+    said = service.uplink.counters.warnings
+    eventually(
+        lambda: polled(service) and any("it has been revoked" in one for one in said), 20, "the reason in its log"
+    )
+    service.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("--mqtt-host", "10.0.0.1"), 2),
+        (("--mqtt-tls", "one,two"), 2),
+        (("--mqtt-tls", "/no/ca,/no/cert,/no/key"), 3),
+    ],
+)
+def test_ingest_says_what_is_wrong_with_its_certificates(tmp_path: Path, words: tuple[str, ...], code: int) -> None:
+    argv = [sys.executable, "-m", "citybrain", "ingest", "--data", str(tmp_path), *words]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, "--mqtt-" in done.stderr) == (code, True), done.stderr
