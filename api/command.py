@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -21,6 +22,9 @@ from citybrain.clock import wait_s
 from citybrain.counters import Counters
 from citybrain.errors import CityBrainError, Unavailable
 from citybrain.layout import Layout
+
+if TYPE_CHECKING:
+    from api.boxes import Boxes
 
 FOLLOW_S = 0.2  # how often the log is looked at for newer values
 STOP_S = 1  # what answers under way get to end in
@@ -53,8 +57,16 @@ def listen(host: str, port: int) -> socket.socket:
 class Background(threading.Thread):
     """Follows the log and publishes the heartbeat, until `stop` is set."""
 
-    def __init__(self, latest: Latest, disk: DiskWatch, counters: Counters, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        latest: Latest,
+        disk: DiskWatch,
+        counters: Counters,
+        stop: threading.Event,
+        look: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(name="follow", daemon=True)
+        self._look = look
         self._latest = latest
         self._disk = disk
         self._counters = counters
@@ -66,16 +78,18 @@ class Background(threading.Thread):
             taken = self._guarded(self._latest.follow)
             self._counters.publish()
             self._guarded(self._disk.look)
+            if self._look is not None:
+                self._guarded(self._look, "certificates")
             if not taken:
                 wait_s(FOLLOW_S, self._stop_event)
 
-    def _guarded(self, step: Callable[[], int | None]) -> int:
+    def _guarded(self, step: Callable[[], int | None], stage: str = "readings") -> int:
         """Do one step; what fails is counted and said, and the heartbeat goes on: values then are just not newer."""
         try:
             return step() or 0
         except (CityBrainError, OSError) as error:
-            self._counters.add("errors_total", stage="readings")
-            self._counters.warn(f"latest values: {error}")
+            self._counters.add("errors_total", stage=stage)
+            self._counters.warn(f"{stage}: {error}")
             return 0
 
 
@@ -95,13 +109,34 @@ def serve(layout: Layout) -> None:
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        background = Background(latest, site.disk, counters, stop)
+        boxes = serve_boxes(site)
+        background = Background(latest, site.disk, counters, stop, boxes.look if boxes is not None else None)
         background.start()
         try:
             server.run(sockets=[taken])
         finally:
             stop.set()
             background.join(1.0)
+            if boxes is not None:
+                boxes.stop()
+
+
+def serve_boxes(site: Site) -> Boxes | None:
+    """Start the listener for boxes; None where there is no certificate authority, or none that is to serve them.
+
+    Raises Unavailable where its port is taken, ConfigError where the authority cannot be opened.
+    """
+    if not site.layout.ca.exists():
+        return None
+    from api.boxes import Boxes  # noqa: PLC0415  it needs us, and few runs need it
+    from api.pki.ca import Authority  # noqa: PLC0415
+
+    authority = Authority(site.layout)
+    if not authority.exists or not authority.setting.listen:
+        return None
+    boxes = Boxes(site, authority)
+    boxes.start()
+    return boxes
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
