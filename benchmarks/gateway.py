@@ -156,7 +156,7 @@ def run_gateway(root: Path, seconds: float, dead: int = 0) -> tuple[Asked, dict[
             cpu_before, since_s = cpu_s(box.pid), time.monotonic()
             time.sleep(seconds)
             took_s = time.monotonic() - since_s
-            needed = {
+            needed: dict[str, Any] = {
                 "ready_s": round(ready_s, 2),
                 "cpu_share": round((cpu_s(box.pid) - cpu_before) / took_s, 4),
                 "rss_mb": round(rss_mb(box.pid), 1),
