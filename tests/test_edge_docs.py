@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from api.assets.kinds import metrics_of
 from citybrain.units import METRICS
+from edge import limits, report
 from edge.drivers import json_lines, modbus, modbus_rtu, modbus_tcp, registers
 from edge.limits import Limit
 from edge.report import Report
 from gateway.config import parse_config
+from simulators.lines import wire
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {
@@ -71,3 +75,12 @@ def test_the_platform_takes_what_a_map_gives(kind: str) -> None:
     told = registers.load_map(kind).registers
     assert {one.metric for one in told if one.lane == "telemetry"} | {"quality"} <= set(metrics)
     assert {one.metric for one in told if one.lane == "event"} | {"local_alarm"} <= set(events)
+
+
+@pytest.mark.parametrize(
+    "module", [report, limits, registers, json_lines, wire], ids=lambda module: str(module.__name__)
+)
+def test_examples(module: ModuleType) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
