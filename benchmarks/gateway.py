@@ -38,6 +38,7 @@ from typing import Any
 
 import msgspec
 
+from api.assets.kinds import metrics_of
 from benchmarks.ingest import Bench, cpu_s, started, unused_port
 from citybrain.clock import system_clock
 from citybrain.counters import Heartbeat
@@ -102,9 +103,10 @@ def configuration(ports: list[str], broker_port: int) -> str:
 
 def registry() -> Registry:
     """Return the gateway and its devices."""
-    names = [GATEWAY, *(device(bus, unit) for bus in range(BUSES) for unit in range(1, DEVICES + 1))]
-    devices = tuple(Device(name, "hydrant", GATEWAY, PLACE, METRICS, EVENTS) for name in names[1:])
-    return Registry((Gateway(GATEWAY, SHARD, PLACE),), devices)
+    names = [device(bus, unit) for bus in range(BUSES) for unit in range(1, DEVICES + 1)]
+    devices = [Device(name, "hydrant", GATEWAY, PLACE, METRICS, EVENTS) for name in names]
+    own = Device(GATEWAY, "gateway", GATEWAY, PLACE, metrics_of("gateway", ())[0])
+    return Registry((Gateway(GATEWAY, SHARD, PLACE),), (own, *devices))
 
 
 @contextmanager
