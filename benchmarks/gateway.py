@@ -15,7 +15,8 @@ dead_device_delay_s  the most that any other poll was late while one device does
 dead_device_others_late  polls of others more than 100 ms late meanwhile (a time-out is 200 ms)
 rss_mb, cpu_share    of the gateway's process: largest resident size, CPU seconds by second, from ready to the end
 ready_s              from its start until its drivers run and its broker has it
-polls, readings      asked by the gateway; in ingest's log (the last seconds' may be under way)
+polls, readings      asked by the gateway; in ingest's log, with the box's own (the last seconds' may be under way)
+dropped              what ingest did not use, by reason
 turnaround_cpu_ms    CPU of the flat-out process by read: what the machine, not the line, must have
 """
 
@@ -37,6 +38,7 @@ from typing import Any
 
 import msgspec
 
+from api.assets.kinds import metrics_of
 from benchmarks.ingest import Bench, cpu_s, started, unused_port
 from citybrain.clock import system_clock
 from citybrain.counters import Heartbeat
@@ -51,10 +53,8 @@ from streams.runtimes.broker import mosquitto, mosquitto_configuration
 
 GATEWAY, SHARD = "gw-0000", 0
 BUSES, DEVICES, BAUD = 4, 16, 115_200
-METRICS = (
-    "pressure_mpa", "temperature_c", "tilt_deg", "battery_v", "cap_open", "water_present", "impact_g", "flow_lps",
-    "hammer_mpa", "rssi_dbm", "quality",
-)  # fmt: skip
+METRICS = ("pressure_mpa", "temperature_c", "battery_v", "water_present", "flow_lps", "quality")
+EVENTS = ("tilt_deg", "cap_open", "impact_g", "hammer_mpa")
 PLACE = Place(121.47, 31.23, "310104001001001")
 LATE_S = 0.1
 SETTLE_S = 3.0  # after which the drivers have begun
@@ -103,9 +103,10 @@ def configuration(ports: list[str], broker_port: int) -> str:
 
 def registry() -> Registry:
     """Return the gateway and its devices."""
-    names = [GATEWAY, *(device(bus, unit) for bus in range(BUSES) for unit in range(1, DEVICES + 1))]
-    devices = tuple(Device(name, "hydrant", GATEWAY, PLACE, METRICS) for name in names[1:])
-    return Registry((Gateway(GATEWAY, SHARD, PLACE),), devices)
+    names = [device(bus, unit) for bus in range(BUSES) for unit in range(1, DEVICES + 1)]
+    devices = [Device(name, "hydrant", GATEWAY, PLACE, METRICS, EVENTS) for name in names]
+    own = Device(GATEWAY, "gateway", GATEWAY, PLACE, metrics_of("gateway", ())[0])
+    return Registry((Gateway(GATEWAY, SHARD, PLACE),), (own, *devices))
 
 
 @contextmanager
@@ -157,7 +158,7 @@ def run_gateway(root: Path, seconds: float, dead: int = 0) -> tuple[Asked, dict[
             cpu_before, since_s = cpu_s(box.pid), time.monotonic()
             time.sleep(seconds)
             took_s = time.monotonic() - since_s
-            needed = {
+            needed: dict[str, Any] = {
                 "ready_s": round(ready_s, 2),
                 "cpu_share": round((cpu_s(box.pid) - cpu_before) / took_s, 4),
                 "rss_mb": round(rss_mb(box.pid), 1),
@@ -165,7 +166,9 @@ def run_gateway(root: Path, seconds: float, dead: int = 0) -> tuple[Asked, dict[
         asked = lines.stop()
         time.sleep(1.0)  # ingest publishes its counters once a second
         platform_beat = bench.beat()
-        needed["readings"] = platform_beat.counters.get("readings_total", 0) if platform_beat is not None else 0
+        counters = platform_beat.counters if platform_beat is not None else {}
+        needed["readings"] = counters.get("readings_total", 0)
+        needed["dropped"] = {name: n for name, n in counters.items() if name.startswith("dropped_total")}
     return asked, needed
 
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from importlib import import_module
 from typing import IO, Any
 
@@ -97,6 +98,9 @@ class Child:
             if mailbox.stopping:
                 self.tell(Stop())
             why = self._listen(mailbox)
+            assert process.stdin is not None
+            with suppress(OSError):  # it did not take all that was told
+                process.stdin.close()
         if not mailbox.stopping:
             raise Unavailable(why or f"its process ended with code {process.returncode}")
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from api.assets.kinds import metrics_of
 from citybrain.units import METRICS
+from edge import limits, report
 from edge.drivers import json_lines, modbus, modbus_rtu, modbus_tcp, registers
 from edge.limits import Limit
 from edge.report import Report
 from gateway.config import parse_config
+from simulators.lines import wire
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {
@@ -61,3 +66,21 @@ def test_a_map_that_comes_along_is_read_at_once_and_names_its_source(name: str) 
     assert len(registers.blocks(found.registers, found.gap)) == len(tables)
     for one in found.registers:
         assert METRICS[one.metric].low <= one.range[0] < one.range[1] <= METRICS[one.metric].high
+
+
+@pytest.mark.parametrize("kind", registers.known_maps())
+def test_the_platform_takes_what_a_map_gives(kind: str) -> None:
+    """A map is called after the kind of its assets; a series belongs to one lane, the same at both ends."""
+    metrics, events = metrics_of(kind, ["edge"])
+    told = registers.load_map(kind).registers
+    assert {one.metric for one in told if one.lane == "telemetry"} | {"quality"} <= set(metrics)
+    assert {one.metric for one in told if one.lane == "event"} | {"local_alarm"} <= set(events)
+
+
+@pytest.mark.parametrize(
+    "module", [report, limits, registers, json_lines, wire], ids=lambda module: str(module.__name__)
+)
+def test_examples(module: ModuleType) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
