@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from citybrain import wire
-from citybrain.clock import DAY_MS
+from citybrain.clock import DAY_MS, RunClock
 from citybrain.counters import Counters
 from citybrain.errors import DiskFull, NotFound, StorageError, WireError
 from citybrain.layout import Layout
@@ -22,10 +22,14 @@ from citybrain.storage import OS_FILES, Files
 from citybrain.wire import CHUNK_BYTES, MAX_BLOB, Chunk, Header, Message, blob_chunks, blob_sha256, open_chunk
 from gateway.spool import Spool
 from gateway.uplink import BLOB_MESSAGES, Uplink
+from streams.batch import lay
 from streams.evidence import TOMBSTONE_DAYS, EvidenceStore, Expired, View
+from streams.history import frames
+from streams.history.retention import Retention
 from streams.ingest import Ingest
 from streams.log import Control, Kind, decode_control, frame_head
 from streams.registry import encode_registry
+from streams.runtimes.history import HistoryProcess
 from tests.faulty_files import LossyFiles
 from tests.seeded_site import Seeded, process, seeded
 
@@ -358,6 +362,54 @@ def test_a_picture_of_which_a_part_was_evicted_is_counted_and_does_not_block(tmp
     assert line.store.expire(NOW + 31 * DAY_MS) == (1, 1)
     with pytest.raises(Expired):
         line.store.content(line.store.find(lost))
+
+
+# --- the rest of the product, and a third lane ---
+
+
+def test_history_keeps_the_records_and_the_engine_takes_them_for_a_sign_of_life(tmp_path: Path) -> None:
+    line = Line(tmp_path)
+    spool = line.uplinks["gw-a"].spool
+    spool.append(Lane.TELEMETRY, [Reading("cam-gw-a", NOW, {"signal": 1.0})], NOW)
+    line.put(picture(200_000))
+    line.drain()
+    records = list(Reader(line.layout.log(0)))
+    laid = lay([record for record in records if record.kind == Kind.FRAME], len(GATEWAYS))
+    assert laid.kept.tolist() == [1, 1, 1, 1, 1]
+    assert laid.telemetry.tolist() == [1, 0, 0, 0, 0], "its stream time stands still"
+    history = HistoryProcess(line.layout, [0], RunClock(NOW + 2 * DAY_MS, 0, 0.0), Retention())
+    history.start()
+    while history.step():
+        pass
+    assert list(frames(line.layout, 0, 0, len(records))) == records
+
+
+def test_history_removes_what_is_old(tmp_path: Path) -> None:
+    line = Line(tmp_path)
+    sha256 = line.put(picture(100_000))
+    line.drain()
+    history = HistoryProcess(line.layout, [0], RunClock(NOW + 31 * DAY_MS, 0, 0.0), Retention())
+    history.start()
+    history.step()
+    assert history.counters.values["removed_total{what=evidence}"] == 1
+    with pytest.raises(Expired):
+        line.store.content(line.store.find(sha256))
+
+
+def test_what_a_spool_found_damaged_reaches_the_centre(tmp_path: Path) -> None:
+    line = Line(tmp_path)
+    (tmp_path / "gw-c").mkdir()
+    (tmp_path / "gw-c" / "event").write_text("what is this?")
+    spool = Spool(tmp_path / "gw-c", "c")
+    spool.start()
+    status = wire.encode_json(wire.Status(1, True, NOW, "c", spool.fault))
+    line.ingest.message(wire.topic(0, "gw-a", "status"), status, NOW)
+    assert "begins anew" in line.ingest.gateways["gw-a"].spool
+    assert len(spool.fault) <= 300
+    line.ingest.message(
+        wire.topic(0, "gw-b", "status"), wire.encode_json(wire.Status(1, True, NOW, "c", "x" * 501)), NOW
+    )
+    assert line.counters.values["dropped_total{reason=malformed}"] == 1
 
 
 # --- expiry ---
