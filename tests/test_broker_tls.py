@@ -91,7 +91,21 @@ def test_missing_foreign_expired_and_revoked_certificates_are_refused(
     assert not connect(good).refused
     authority.revoke([good.issued.serial], "li", "stolen")
     eventually(lambda: connect(good).refused, 10, "the revocation list being read")
-    assert not connect(Box(tmp_path, authority, "gw-2")).refused, "a new certificate of the same box is not shut out"
+
+
+def test_a_box_with_a_new_certificate_is_let_in_again(
+    tmp_path: Path, authority: Authority, broker: TlsBroker, connect: Callable[..., Client], spy: Client
+) -> None:
+    authority.revoke([Box(tmp_path, authority, "gw-13").issued.serial], "li", "board replaced")
+    again = Box(tmp_path, authority, "gw-13")
+
+    def heard() -> bool:
+        client = connect(again)
+        with contextlib.suppress(RuntimeError):  # until the broker has read the access list
+            client.publish("cb/v1/0/gw-13/telemetry", b"back")
+        return bool(spy.messages)
+
+    eventually(heard)
 
 
 def test_a_box_that_is_revoked_while_it_is_connected_is_heard_no_more(

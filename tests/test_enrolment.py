@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from cryptography import x509
 
 from api import enrolment
 from api.pki.ca import Authority, Setting
@@ -132,6 +133,23 @@ def test_a_box_that_died_before_it_wrote_the_answer_fetches_it_again(tmp_path: P
     again = enrol(tmp_path, invitation, real_unix_ms(), BOARD)
     assert again.certificate == lost.certificate
     assert Identity(tmp_path).enrolled
+
+
+def test_a_box_that_died_while_it_wrote_the_answer_goes_on(tmp_path: Path, centre: Centre) -> None:
+    """The folder with the serial is there, half of it, the link does not lead to it yet, and the key still waits."""
+    invitation = read_invitation(centre.code().text)
+    identity = Identity(tmp_path)
+    caller = Caller(invitation.url, unchecked_context(), real_unix_ms())
+    body = {"code": invitation.code, "request": identity.request(), "board": BOARD}
+    lost = caller.call("POST", "/v1/enrol", Answer, body)
+    half = tmp_path / f"pki-{x509.load_pem_x509_certificate(lost.certificate.encode()).serial_number:x}"
+    half.mkdir()
+    (half / "gateway.pem").write_text("half")
+    assert not Identity(tmp_path).enrolled
+    enrol(tmp_path, invitation, real_unix_ms(), BOARD)
+    assert identity.folder.resolve() == half.resolve()
+    assert (half / "gateway.pem").read_text() == lost.certificate
+    assert not (tmp_path / "pki-new").exists()
 
 
 def test_the_answer_may_be_fetched_again_for_15_minutes_only(tmp_path: Path) -> None:

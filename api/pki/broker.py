@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from citybrain.errors import ConfigError
+from citybrain.errors import ConfigError, StorageError
 from citybrain.storage import OS_FILES
 
 if TYPE_CHECKING:
@@ -131,7 +131,12 @@ def refresh(authority: Authority, folder: BrokerFolder) -> bool:
         return False
     files = {name: OS_FILES.read(source / name) for name in ("trust.pem", "crl.pem", "server.key", "server.pem")}
     files["access.acl"] = access(authority.book(), authority.clock.now_ms()).encode()
-    changed = [_put(path / name, data, folder.user) for name, data in files.items()]
+    try:
+        changed = [_put(path / name, data, folder.user) for name, data in files.items()]
+    except StorageError as error:
+        again = f"`citybrain ca broker --out {path}` as the user it belongs to brings it up to date"
+        authority.notes.append(f"the broker's folder cannot be written: {error}; {again}")
+        return False
     if any(changed):
         _reload(authority, path)
     return any(changed)
