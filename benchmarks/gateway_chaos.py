@@ -16,6 +16,8 @@ disordered  behind a later one of their device and lane
 evicted     given up by the spool on a full disk, which its `floor` told the platform: not in `lost`
 
 With `--drain-days` nothing is killed: a spool that was offline so long drains, while an event a second overtakes.
+With `--real` it is `citybrain gateway run` with its driver `json_lines`, which confirms nothing to its source: what it
+had in memory at a kill counts as `uncommitted`, and `lost` is what it had committed. No pictures, no full disks then.
 Disks are filled for real, on a tmpfs; where this machine lets nobody mount one, `full_disks` is 0.
 """
 
@@ -39,7 +41,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.gateway_chaos_box import DEVICES, GATEWAY, SHARD, picture
-from benchmarks.gateway_chaos_source import LANES, Cable, Source
+from benchmarks.gateway_chaos_source import LANES, Cable, Lines, Source
 from benchmarks.ingest import unused_port
 from citybrain.clock import system_clock
 from citybrain.counters import Heartbeat
@@ -66,10 +68,44 @@ def registry(count: int = DEVICES) -> Registry:
     return Registry((Gateway(GATEWAY, SHARD, PLACE),), tuple(meters))
 
 
+def gateway_yaml(broker: int, source: int) -> str:
+    """Return the configuration of the real gateway."""
+    devices = ", ".join(f"meter-{n}: meter-{n}" for n in range(DEVICES))
+    return f"""\
+gateway: {GATEWAY}
+shard: {SHARD}
+broker: {{host: 127.0.0.1, port: {broker}}}
+spool: {{limit_mb: 32, commit_every: 250ms}}
+drivers:
+  lines:
+    driver: json_lines
+    connect: "127.0.0.1:{source}"
+    devices: {{{devices}}}
+    metrics: {{evidence: {{metric: evidence, lane: event}}}}
+"""
+
+
+class Tail:
+    """The highest number by lane that the log holds."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._reader = Reader(layout.log(SHARD))
+        self._last = dict.fromkeys(LANES, 0)
+
+    def look(self) -> dict[Lane, int]:
+        """Read what is new."""
+        for record in self._reader:
+            if record.kind == Kind.FRAME:
+                head = frame_head(record.payload)
+                highest = frame_arrays(record.payload, head)[1].max(initial=0.0)
+                self._last[head.lane] = max(self._last[head.lane], round(float(highest)))
+        return dict(self._last)
+
+
 class Platform:
     """Broker, ingest and gateway as processes that can be killed and come back."""
 
-    def __init__(self, root: Path, card: Path, source: int, registry: Registry) -> None:
+    def __init__(self, root: Path, card: Path, source: int, registry: Registry, *, real: bool = False) -> None:
         self.layout = Layout(root / "data")
         self.card = card
         self.port = unused_port()
@@ -77,6 +113,7 @@ class Platform:
         self._root = root
         self._source = source
         self._registry = registry
+        self._real = real
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
@@ -85,6 +122,7 @@ class Platform:
         self.layout.write_run(Run(clock=system_clock(), shards=1, mqtt_port=self.port))
         name = self.layout.put_blob(encode_registry(self._registry))
         Mailbox(self.layout.mailbox("ingest")).put(command("registry", "benchmark", 0, {"content": name}))
+        (self.card / "gateway.yaml").write_text(gateway_yaml(self.cable.port, self._source))
         (self._root / "mosquitto.conf").write_text(mosquitto_configuration(self.port))
         self.spawn("broker")
         self.spawn("ingest")
@@ -102,6 +140,8 @@ class Platform:
                 sys.executable, "-m", "benchmarks.gateway_chaos_box", "--spool", str(self.card / "spool"), *ports,
             ),
         }  # fmt: skip
+        if self._real:
+            words["gateway"] = (sys.executable, "-m", "citybrain", "gateway", "run", "--data", str(self.card))
         with (self._root / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(words[name], stdout=log, stderr=log)
 
@@ -149,7 +189,8 @@ def wait(condition: Callable[[], bool], what: str, limit_s: float = PATIENCE_S) 
 class Accidents:
     """What happens to the gateway, in an order that the seed decides."""
 
-    def __init__(self, platform: Platform, source: Source, rng: random.Random) -> None:
+    def __init__(self, platform: Platform, source: Source, rng: random.Random, pause_s: float) -> None:
+        self._pause_s = pause_s
         self.recovery_s: list[float] = []
         self.victims: Counter[str] = Counter()
         self._platform = platform
@@ -161,14 +202,14 @@ class Accidents:
         plan = [self._kill] * kills + [self._full_disk] * full_disks + [self._cut] * cuts
         self._rng.shuffle(plan)
         for accident in plan:
-            time.sleep(self._rng.uniform(0.1, 1.0))
+            time.sleep(self._rng.uniform(0.2, 1.8) * self._pause_s)
             accident()
 
     def recovered(self) -> None:
         """Wait until something that was said from now on is acknowledged."""
         with self._source.lock:
             now = self._source.said[Lane.TELEMETRY]
-        took = wait(lambda: self._source.acked[Lane.TELEMETRY] > now, "an acknowledgement of what was said since")
+        took = wait(lambda: self._source.progress()[Lane.TELEMETRY] > now, "an acknowledgement of what was said since")
         self.recovery_s.append(took)
 
     def _kill(self) -> None:
@@ -212,16 +253,15 @@ class Verdict:
         self._by_device: dict[int, int] = {}
 
     def message(self, seq: int, numbers: list[int]) -> None:
-        """Take a message's numbers: a gap between them is an eviction only where the seqs have one there too."""
-        gone = seq - self.seq - 1
-        self.seqs_gone += max(gone, 0)
-        if numbers and numbers[0] > self.last + 1:
-            missing = numbers[0] - self.last - 1
-            self.evicted, self.lost = (
-                (self.evicted + missing, self.lost) if gone > 0 else (self.evicted, self.lost + missing)
-            )
-        for before, n in zip([numbers[0] - 1, *numbers], numbers, strict=False) if numbers else ():
-            self.lost += max(n - before - 1, 0)
+        """Take a message's numbers: a gap before them is an eviction only where the seqs have one there too."""
+        gone = max(seq - self.seq - 1, 0)
+        self.seqs_gone += gone
+        for place, n in enumerate(numbers):
+            missing = max(n - self.last - 1, 0)
+            if gone and not place:
+                self.evicted += missing
+            else:
+                self.lost += missing
             self._number(n)
         self.seq = max(self.seq, seq)
 
@@ -236,7 +276,7 @@ class Verdict:
         self.last = max(self.last, n)
 
 
-def judge(layout: Layout, source: Source) -> dict[str, int]:
+def judge(layout: Layout, source: Source, *, real: bool) -> dict[str, int]:
     """Read the whole log and compare it with what the source said."""
     lanes = {lane: Verdict() for lane in LANES}
     pictures: Counter[str] = Counter()
@@ -254,32 +294,41 @@ def judge(layout: Layout, source: Source) -> dict[str, int]:
     readings = [lanes[lane] for lane in READING_LANES]
     for lane in READING_LANES:  # what is missing behind the last message
         lanes[lane].lost += source.said[lane] - lanes[lane].last
-    unexplained = sum(max(lanes[lane].seqs_gone - source.evicted[lane], 0) for lane in LANES)
+    if real:  # a gap between numbers where the seqs have none was never committed; a gap between seqs is a loss
+        lost, uncommitted = sum(verdict.seqs_gone for verdict in readings), sum(verdict.lost for verdict in readings)
+    else:
+        unexplained = sum(max(lanes[lane].seqs_gone - source.evicted[lane], 0) for lane in LANES)
+        lost = sum(verdict.lost for verdict in readings) + max(missing - blobs.seqs_gone, 0) + unexplained
+        uncommitted = 0
+    evicted = 0 if real else sum(verdict.evicted for verdict in readings) + min(missing, blobs.seqs_gone)
     return {
-        "produced": sum(source.said.values()),
+        "produced": sum(source.said.values()) - uncommitted,
         "logged": sum(verdict.logged for verdict in readings) + whole,
-        "lost": sum(verdict.lost for verdict in readings) + max(missing - blobs.seqs_gone, 0) + unexplained,
+        "lost": lost,
         "repeated": sum(verdict.repeated for verdict in readings) + sum(max(n - 1, 0) for n in pictures.values()),
         "disordered": sum(verdict.disordered for verdict in readings),
-        "evicted": sum(verdict.evicted for verdict in readings) + min(missing, blobs.seqs_gone),
+        "evicted": evicted,
+        "uncommitted": uncommitted,
     }
 
 
-def run(root: Path, seed: int, kills: int, full_disks: int, cuts: int) -> dict[str, Any]:
+def run(root: Path, seed: int, kills: int, full_disks: int, cuts: int, pause_s: float, *, real: bool) -> dict[str, Any]:
     """Run everything, drain, judge."""
     rng = random.Random(seed)
     card = Path(os.environ.get(MOUNTED, root / "card"))
     card.mkdir(exist_ok=True)
-    full_disks = full_disks if MOUNTED in os.environ else 0
-    source = Source(RATES)
-    platform = Platform(root, card, source.port, registry())
-    accidents = Accidents(platform, source, rng)
+    full_disks = full_disks if MOUNTED in os.environ and not real else 0
+    source = Lines(RATES) if real else Source(RATES)
+    platform = Platform(root, card, source.port, registry(), real=real)
+    if isinstance(source, Lines):
+        source.look = Tail(platform.layout).look
+    accidents = Accidents(platform, source, rng, pause_s)
     begun_s = time.monotonic()
     try:
         platform.start()
         source.start()
         platform.spawn("gateway")
-        wait(lambda: source.acked[Lane.TELEMETRY] > 0, "a first acknowledgement")
+        wait(lambda: source.progress()[Lane.TELEMETRY] > 0, "a first acknowledgement")
         accidents.run(kills, full_disks, cuts)
         source.quiet()
         drained_s = wait(source.done, "everything committed and acknowledged", 120)
@@ -288,7 +337,7 @@ def run(root: Path, seed: int, kills: int, full_disks: int, cuts: int) -> dict[s
         platform.stop()
     return {
         "kills": kills,
-        **judge(platform.layout, source),
+        **judge(platform.layout, source, real=real),
         "full_disks": full_disks,
         "cuts": cuts,
         "recovery_s_max": round(max(accidents.recovery_s, default=0.0), 2),
@@ -320,6 +369,10 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--full-disks", type=int, default=20)
     parser.add_argument("--cuts", type=int, default=20)
+    parser.add_argument("--pause-s", type=float, default=0.5, help="mean pause between accidents")
+    parser.add_argument(
+        "--real", action="store_true", help="`citybrain gateway run` instead of a gateway that confirms"
+    )
     parser.add_argument("--drain-days", type=float, default=0.0, help="instead: how long the gateway was offline")
     parser.add_argument("--dense", action="store_true", help="of --drain-days: 64 points at 1 Hz, told by exception")
     parser.add_argument("--data", type=Path, help="keep the data here (default: a folder that is removed)")
@@ -327,7 +380,7 @@ def main() -> int:
     options = parser.parse_args()
     if mosquitto() is None:
         raise SystemExit("mosquitto is not installed: no fault test runs on another broker")
-    if options.full_disks and not options.drain_days and MOUNTED not in os.environ and may_mount():
+    if options.full_disks and not (options.drain_days or options.real) and MOUNTED not in os.environ and may_mount():
         return with_a_card(sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="gateway-chaos-") as folder:
         root = options.data or Path(folder)
@@ -337,7 +390,9 @@ def main() -> int:
 
             result = drain(root, options.seed, options.drain_days, dense=options.dense)
         else:
-            result = run(root, options.seed, options.kills, options.full_disks, options.cuts)
+            result = run(
+                root, options.seed, options.kills, options.full_disks, options.cuts, options.pause_s, real=options.real
+            )
     print(json.dumps(result) if options.json else "\n".join(f"{k:16} {v}" for k, v in result.items()))
     return 1 if any(result[key] for key in ("lost", "repeated", "disordered")) else 0
 

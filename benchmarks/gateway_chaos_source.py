@@ -6,10 +6,11 @@ import contextlib
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import msgspec
 
-from benchmarks.gateway_chaos_box import Said, Told
+from benchmarks.gateway_chaos_box import METRICS, Said, Told, reading
 from citybrain.model import Lane
 
 LANES = list(Lane)
@@ -114,10 +115,56 @@ class Source:
         connection.sendall(b"".join(lines))
         connection.setblocking(False)
 
+    def progress(self) -> dict[Lane, int]:
+        """Return the highest number by lane that is acknowledged."""
+        with self.lock:
+            return dict(self.acked)
+
     def done(self) -> bool:
         """Return whether everything that was said is committed and nothing waits in the spool."""
         with self.lock:
             return self.spooled == 0 and all(self.committed[lane] >= self.said[lane] for lane in LANES)
+
+
+class Lines(Source):
+    """The same for the driver `json_lines` of the real gateway, which confirms nothing: each number is said once.
+
+    What the gateway had in memory when it was killed is gone; `look` says what the log has.
+    """
+
+    def __init__(self, rates: dict[Lane, float]) -> None:
+        super().__init__({lane: rate for lane, rate in rates.items() if lane in METRICS})
+        self.look: Callable[[], dict[Lane, int]] = lambda: self.acked
+        self._sent = dict.fromkeys(LANES, 0)
+
+    def _talk(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        while not self._stopping:
+            with contextlib.suppress(BlockingIOError):
+                if not connection.recv(1024):
+                    return
+            with self.lock:
+                self._due()
+                numbers = [
+                    (lane, n) for lane in METRICS for n in range(self._sent[lane] + 1, self.said[lane] + 1)
+                ]  # fmt: skip
+                self._sent = dict(self.said)
+            for lane, n in numbers:
+                said = reading(Said(int(lane), n))
+                line = msgspec.json.encode({"d": said.device, "t": said.observed_at, "m": said.values})
+                connection.setblocking(True)
+                connection.sendall(line + b"\n")
+                connection.setblocking(False)
+            time.sleep(0.01)
+
+    def progress(self) -> dict[Lane, int]:
+        """Return the highest number by lane that is in the log."""
+        self.acked = self.look()
+        return self.acked
+
+    def done(self) -> bool:
+        """Return whether the last thing said is in the log."""
+        return all(self.progress()[lane] >= self.said[lane] for lane in METRICS)
 
 
 class Cable:

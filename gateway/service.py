@@ -32,6 +32,8 @@ CONNECT_TIMEOUT_S = 2.0  # of the TCP connection, which blocks the process
 READY_TIMEOUT_S = 10.0  # until the broker confirmed the subscription
 FIRST_RETRY_S = 0.25
 MOST_RETRY_S = 8.0
+SAY_AGAIN_S = 3600.0
+MOST_REASONS = 16
 ASK_AGAIN_S = 300.0  # between two questions why the broker hangs up: each costs it a handshake
 TCP_BYTES = struct.Struct("=120x2Q")  # tcpi_bytes_acked, tcpi_bytes_received in struct tcp_info, linux/tcp.h
 
@@ -85,7 +87,8 @@ class GatewayService:
         self._wall_ms = wall_ms  # what certificates are judged by
         self._command_topic = topic(shard, gateway, "command")
         self._reply_topic = topic(shard, gateway, "reply")
-        self.reason = ""  # why there is no connection, as it was said last
+        self.reason = ""  # why there is no connection
+        self._said_s: dict[str, float] = {}  # when each reason was said last
         self._asked_s = -ASK_AGAIN_S
         self._counted = (0, 0)
 
@@ -250,8 +253,8 @@ class GatewayService:
             self._lost(self._refused or (why if self.ready else self._unexplained(why)))
 
     def _lost(self, why: str, stage: str = "connection") -> None:
-        """Forget the connection; say so once, and again where the reason is another, not at every try."""
-        client, was_ready = self._client, self.ready
+        """Forget the connection; say why where that is news, not at every try."""
+        client = self._client
         self._client, self.ready, self._unconfirmed = None, False, 0
         self._inbox.clear()
         self.uplink.disconnected()
@@ -261,12 +264,19 @@ class GatewayService:
             sock.close()
         if why:
             self.uplink.counters.add("errors_total", stage=stage)
-            if was_ready or why != self.reason:
-                self.uplink.counters.warn(f"gateway {self.gateway}: no connection: {why}")
-            self.reason = why
+            self._say(why)
         self._counted = (0, 0)
         self._retry_s = monotonic_s() + self._delay_s * self._jitter.uniform(0.5, 1.0)
         self._delay_s = min(2 * self._delay_s, MOST_RETRY_S)
+
+    def _say(self, why: str) -> None:
+        """Say why there is no connection; where two reasons take turns, each only once an hour."""
+        now_s, self.reason = monotonic_s(), why
+        if now_s - self._said_s.get(why, -SAY_AGAIN_S) >= SAY_AGAIN_S:
+            self._said_s[why] = now_s
+            self.uplink.counters.warn(f"gateway {self.gateway}: no connection: {why}")
+        if len(self._said_s) > MOST_REASONS:
+            del self._said_s[next(iter(self._said_s))]
 
     def count_bytes(self) -> None:
         """Bring `sent_bytes_total` and `received_bytes_total` up to date."""
@@ -314,6 +324,7 @@ class GatewayService:
             client.disconnect()
             return
         self.ready, self._delay_s, self.reason, self._asked_s = True, FIRST_RETRY_S, "", -ASK_AGAIN_S
+        self._said_s.clear()
         self.uplink.counters.add("connections_total")
         self.uplink.connected(monotonic_s())
         self._publish_status(client, online=True)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from itertools import takewhile
+from collections import OrderedDict
 from pathlib import Path
 
 import msgspec
@@ -41,7 +41,7 @@ class Store:
         self._mark = folder / "floor"
         self.firsts: list[int] = []  # the segments on disk, by their first seq
         self.pending: list[Pending] = []  # appended, not yet committed
-        self._recent: dict[int, bytes] = {}
+        self._recent: OrderedDict[int, bytes] = OrderedDict()  # a dict is slow to lose its first
         self._recent_bytes = 0
         self._loaded: dict[int, bytes] = {}  # one segment, read back
         self._loaded_first = -1
@@ -100,10 +100,7 @@ class Store:
         self._recent[seq] = body
         self._recent_bytes += len(body)
         while self._recent_bytes > RECENT_BYTES:
-            self._forget(next(iter(self._recent)))
-
-    def _forget(self, seq: int) -> None:
-        self._recent_bytes -= len(self._recent.pop(seq))
+            self._recent_bytes -= len(self._recent.popitem(last=False)[1])
 
     def body(self, seq: int) -> bytes | None:
         """Return a committed message's body, or None where there is none (any more)."""
@@ -161,8 +158,8 @@ class Store:
         """Free what is below `floor`, which must not exceed what is committed; return the bytes freed on disk."""
         self.floor = max(self.floor, floor)
         self.files.mark(self._mark, self.floor)
-        for seq in list(takewhile(lambda seq: seq < self.floor, self._recent)):
-            self._forget(seq)
+        while self._recent and next(iter(self._recent)) < self.floor:
+            self._recent_bytes -= len(self._recent.popitem(last=False)[1])
         before, freed = len(self.firsts), 0
         while len(self.firsts) > 1 and self.firsts[1] <= self.floor:
             first = self.firsts.pop(0)
