@@ -6,9 +6,9 @@ The rest of the API has no authentication and stays on loopback; this one may fa
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import threading
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -26,6 +26,7 @@ from citybrain.errors import ConfigError, Unavailable
 from citybrain.storage import OS_FILES
 
 LOOK_MS = 2_000
+AGAIN_MS = 30_000  # after what could not be done
 
 
 def create_app(site: Site, authority: Authority) -> FastAPI:
@@ -53,63 +54,89 @@ class Protocol(H11Protocol):
         self.app = with_peer
 
 
-class Boxes(threading.Thread):
-    """Serves boxes until `stop`; takes certificates that were renewed meanwhile, and tends the authority every hour."""
+class Boxes:
+    """The listener, and what the authority needs done in time. Everything happens in `look`, called again and again.
+
+    A listener that cannot be served now (a port is taken, a passphrase is missing) is tried again; the rest of the API
+    goes on.
+    """
 
     def __init__(self, site: Site, authority: Authority) -> None:
-        super().__init__(name="boxes", daemon=True)
         self._site = site
         self._authority = authority
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._context.verify_mode = ssl.CERT_OPTIONAL
+        self._context: ssl.SSLContext | None = None
+        self._server: Server | None = None
+        self._thread: threading.Thread | None = None
         self._loaded = b""
-        self._tended_ms = self._looked_ms = 0
-        host, _, port = authority.setting.listen.rpartition(":")
+        self._looked_ms = self._tended_ms = 0
+
+    def look(self) -> None:
+        """Serve, take certificates that were renewed meanwhile, tend the authority every hour.
+
+        Raises ConfigError, StorageError, Unavailable for what cannot be done now.
+        """
+        now_ms = real_unix_ms()
+        if 0 <= now_ms - self._looked_ms < LOOK_MS:
+            return
+        self._looked_ms = now_ms + AGAIN_MS  # unless all of it can be done
+        if self._thread is None:
+            self._start()
+        if not 0 <= now_ms - self._tended_ms < HOUR_MS:
+            self._authority.tend()
+            self._tended_ms = now_ms
+        self._load()
+        self._looked_ms = now_ms
+        for note in self._authority.notes:
+            self._site.counters.warn(note)
+        self._authority.notes.clear()
+
+    def stop(self) -> None:
+        """End, and wait for it."""
+        if self._server is not None and self._thread is not None:
+            self._server.should_exit = True
+            self._thread.join(2.0)
+
+    def _start(self) -> None:
+        given = self._authority.setting.listen
+        if not given:
+            return
+        host, _, port = given.rpartition(":")
         if not host or not port.isdigit():
-            raise ConfigError(f"{authority.folder / 'ca.json'} listen", "expected IP:PORT such as 0.0.0.0:8443")
-        self.look()
-        self._socket = listen(host, int(port))
+            raise ConfigError(f"{self._authority.folder / 'ca.json'} listen", "expected IP:PORT such as 0.0.0.0:8443")
+        context = self._load()
+        taken = listen(host, int(port))
         config = uvicorn.Config(
-            create_app(site, authority),
+            create_app(self._site, self._authority),
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=1,
             ws="none",
             http=Protocol,
-            ssl_context_factory=lambda *_: self._context,
+            ssl_context_factory=lambda *_: context,
         )
         self._server = Server(config)
+        self._thread = threading.Thread(target=self._serve, args=(self._server, taken), name="boxes", daemon=True)
+        self._thread.start()
 
-    def run(self) -> None:
-        with self._socket:
-            self._server.run(sockets=[self._socket])
+    @staticmethod
+    def _serve(server: Server, taken: socket.socket) -> None:
+        with taken:
+            server.run(sockets=[taken])
 
-    def stop(self) -> None:
-        """End, and wait for it."""
-        self._server.should_exit = True
-        self.join(2.0)
-
-    def look(self) -> None:
-        """Do what time asks for; called again and again. Raises ConfigError, StorageError."""
-        now_ms = real_unix_ms()
-        if not 0 <= now_ms - self._looked_ms < LOOK_MS:
-            self._looked_ms = now_ms
-            if not 0 <= now_ms - self._tended_ms < HOUR_MS:
-                self._tended_ms = now_ms
-                self._authority.tend()
-            self._load(self._authority.folder)
-        for note in self._authority.notes:
-            self._site.counters.warn(note)
-        self._authority.notes.clear()
-
-    def _load(self, folder: Path) -> None:
+    def _load(self) -> ssl.SSLContext:
+        """Return the context with what the authority's files hold now; connections that are open keep theirs."""
+        if self._context is None:
+            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._context.minimum_version = ssl.TLSVersion.TLSv1_2
+            self._context.verify_mode = ssl.CERT_OPTIONAL
+        folder = self._authority.folder
         files = [OS_FILES.read(folder / name) for name in ("server.pem", "server.key", "trust.pem")]
         if b"".join(files) == self._loaded:
-            return
+            return self._context
         try:
             self._context.load_cert_chain(folder / "server.pem", folder / "server.key")
             self._context.load_verify_locations(cadata=files[2].decode())
         except ssl.SSLError as error:
             raise Unavailable(f"{folder}/server.pem: cannot be served: {error}") from None
         self._loaded = b"".join(files)
+        return self._context

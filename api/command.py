@@ -63,10 +63,10 @@ class Background(threading.Thread):
         disk: DiskWatch,
         counters: Counters,
         stop: threading.Event,
-        look: Callable[[], None] | None = None,
+        boxes: BoxWatch,
     ) -> None:
         super().__init__(name="follow", daemon=True)
-        self._look = look
+        self._boxes = boxes
         self._latest = latest
         self._disk = disk
         self._counters = counters
@@ -78,8 +78,7 @@ class Background(threading.Thread):
             taken = self._guarded(self._latest.follow)
             self._counters.publish()
             self._guarded(self._disk.look)
-            if self._look is not None:
-                self._guarded(self._look, "certificates")
+            self._guarded(self._boxes.look, "boxes")
             if not taken:
                 wait_s(FOLLOW_S, self._stop_event)
 
@@ -109,34 +108,39 @@ def serve(layout: Layout) -> None:
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        boxes = serve_boxes(site)
-        background = Background(latest, site.disk, counters, stop, boxes.look if boxes is not None else None)
+        boxes = BoxWatch(site)
+        background = Background(latest, site.disk, counters, stop, boxes)
         background.start()
         try:
             server.run(sockets=[taken])
         finally:
             stop.set()
             background.join(1.0)
-            if boxes is not None:
-                boxes.stop()
+            boxes.stop()
 
 
-def serve_boxes(site: Site) -> Boxes | None:
-    """Start the listener for boxes; None where there is no certificate authority, or none that is to serve them.
+class BoxWatch:
+    """Serves boxes as soon as there is a certificate authority; without one nothing of it is loaded."""
 
-    Raises Unavailable where its port is taken, ConfigError where the authority cannot be opened.
-    """
-    if not site.layout.ca.exists():
-        return None
-    from api.boxes import Boxes  # noqa: PLC0415  it needs us, and few runs need it
-    from api.pki.ca import Authority  # noqa: PLC0415
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._boxes: Boxes | None = None
 
-    authority = Authority(site.layout)
-    if not authority.exists or not authority.setting.listen:
-        return None
-    boxes = Boxes(site, authority)
-    boxes.start()
-    return boxes
+    def look(self) -> None:
+        """Do what is due; called again and again. Raises as Boxes.look does."""
+        if self._boxes is None:
+            if not (self._site.layout.ca / "server.pem").exists():
+                return
+            from api.boxes import Boxes  # noqa: PLC0415  it needs us, and few runs need it
+            from api.pki.ca import Authority  # noqa: PLC0415
+
+            self._boxes = Boxes(self._site, Authority(self._site.layout))
+        self._boxes.look()
+
+    def stop(self) -> None:
+        """End what was begun."""
+        if self._boxes is not None:
+            self._boxes.stop()
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -119,11 +119,15 @@ class Identity:
         before = self.folder.resolve() if self.folder.is_symlink() else None
         if self.folder.is_dir() and before is None:  # made by hand
             OS_FILES.rename(self.folder, self.root / "pki-before")
-        OS_FILES.rename(self._pending, folder)
+        OS_FILES.make(folder)
+        folder.chmod(0o700)
+        for name in (KEY, CERTIFICATE, TRUST, CENTRE):  # copied: the key waits where it is until all else is done
+            OS_FILES.replace_private(folder / name, OS_FILES.read(self._pending / name))
         link = self.root / ".pki.new"
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
         OS_FILES.rename(link, self.folder)
+        shutil.rmtree(self._pending)
         if before is not None and before != folder.resolve() and before.parent == self.root.resolve():
             shutil.rmtree(before, ignore_errors=True)
 

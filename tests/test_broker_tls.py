@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from api.pki.ca import Authority
+from citybrain.cli import main
 from citybrain.clock import DAY_MS, ManualClock, real_unix_ms
 from citybrain.counters import read_heartbeats
 from citybrain.model import Lane, Reading
@@ -18,8 +19,11 @@ from gateway.config import Tls
 from gateway.service import Broker, GatewayService, poll_all
 from gateway.spool import Spool
 from gateway.uplink import Uplink
+from streams.runtimes.broker import broker_command
+from streams.runtimes.broker import mosquitto as find_mosquitto
+from streams.runtimes.supervisor import accepts
 from tests.authority import Box, Client, TlsBroker, made, tls_broker
-from tests.conftest import end, eventually
+from tests.conftest import end, eventually, unused_port
 from tests.seeded_site import Seeded, seeded
 
 
@@ -87,7 +91,21 @@ def test_missing_foreign_expired_and_revoked_certificates_are_refused(
     assert not connect(good).refused
     authority.revoke([good.issued.serial], "li", "stolen")
     eventually(lambda: connect(good).refused, 10, "the revocation list being read")
-    assert not connect(Box(tmp_path, authority, "gw-2")).refused, "a new certificate of the same box is not shut out"
+
+
+def test_a_box_with_a_new_certificate_is_let_in_again(
+    tmp_path: Path, authority: Authority, broker: TlsBroker, connect: Callable[..., Client], spy: Client
+) -> None:
+    authority.revoke([Box(tmp_path, authority, "gw-13").issued.serial], "li", "board replaced")
+    again = Box(tmp_path, authority, "gw-13")
+
+    def heard() -> bool:
+        client = connect(again)
+        with contextlib.suppress(RuntimeError):  # until the broker has read the access list
+            client.publish("cb/v1/0/gw-13/telemetry", b"back")
+        return bool(spy.messages)
+
+    eventually(heard)
 
 
 def test_a_box_that_is_revoked_while_it_is_connected_is_heard_no_more(
@@ -193,6 +211,30 @@ def test_the_list_is_renewed_long_before_it_is_old(tmp_path: Path) -> None:
     clock.set_ms(clock.now_ms() + 2 * DAY_MS)
     authority.tend()
     assert (authority.folder / "crl.pem").read_bytes() != before
+
+
+def test_the_broker_of_a_run_lets_boxes_in_beside_its_own(tmp_path: Path, free_port: int) -> None:
+    """`citybrain ca broker` without --out; then what `citybrain run` starts."""
+    authority, port = made(tmp_path), unused_port()
+    words = ("ca", "broker", "--port", str(port), "--bind", "127.0.0.1", "--data", str(tmp_path))
+    assert main([*words]) == 0
+    program = find_mosquitto()
+    command = broker_command(authority.layout, free_port, program)
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            eventually(lambda: accepts("127.0.0.1", port) and accepts("127.0.0.1", free_port), what="both listeners")
+            box = Box(tmp_path / "box", authority, "gw-1")
+            inside, outside = Client(free_port, None), Client(port, box, box.trust)
+            assert inside.subscribe("cb/v1/#")
+            outside.publish("cb/v1/0/gw-1/telemetry", b"x")
+            eventually(lambda: inside.messages == [("cb/v1/0/gw-1/telemetry", b"x")])
+            assert Client(port, None, box.trust).refused
+            authority.revoke([box.issued.serial], "li", "stolen")
+            eventually(lambda: Client(port, box, box.trust).refused, 10, "the run's broker reading the list")
+            assert inside.events == ["connected Success"]
+            inside.close()
+        finally:
+            end(process)
 
 
 # --- all of it: box, broker, ingest -------------------------------------------------------------------------------

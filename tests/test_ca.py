@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from api.pki import certificates
+from api.pki.broker import BrokerFolder
 from api.pki.ca import AUTHORITY_MS, Authority, Setting, due
 from api.pki.journal import Journal, Step
 from citybrain.cli import main
@@ -158,6 +160,26 @@ def test_a_rotation_overlaps(tmp_path: Path, authority: Authority, clock: Manual
     assert (authority.folder / "crl.pem").read_bytes().count(b"BEGIN X509 CRL") == 2, "each authority has its list"
     clock.set_ms(authority.book().authorities[1] + 1)
     assert authority.trust().count(b"BEGIN CERTIFICATE") == 1
+
+
+def test_the_server_waits_for_our_services_too(authority: Authority, clock: ManualClock) -> None:
+    authority.make_service("service-ingest", "li", "x")
+    clock.set_ms(clock.now_ms() + DAY_MS)
+    authority.rotate("li", "planned")
+    server = certificates.read_certificate((authority.folder / "server.pem").read_bytes(), "server")
+    assert server.issuer == authority.root(1).subject
+    authority.make_service("service-ingest", "li", "signed anew")
+    authority.tend()
+    server = certificates.read_certificate((authority.folder / "server.pem").read_bytes(), "server")
+    assert server.issuer == authority.root(2).subject
+
+
+def test_a_brokers_folder_that_is_gone_is_said_and_stops_nothing(tmp_path: Path, authority: Authority) -> None:
+    authority.serve_broker(BrokerFolder(str(tmp_path / "broker")))
+    shutil.rmtree(tmp_path / "broker")
+    box = Box(tmp_path, authority, "gw-1")
+    authority.revoke([box.issued.serial], "li", "lost")
+    assert any("the broker's folder is gone" in note for note in authority.notes)
 
 
 # --- journal ----------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from gateway.enrol import enrol, read_invitation
 from gateway.identity import Identity
 from gateway.nmea import parse, position_of
 from gateway.renew import caller_of
+from streams.runtimes.supervisor import accepts
 from tests.conftest import end, eventually, unused_port
 from tests.seeded_site import Seeded, process, seeded
 
@@ -43,12 +44,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seeded]:
     devices = [one for one in made.district.registry.devices if one.gateway == "gw-01" and one.kind == "hydrant"]
     made.frame([(one.id, "pressure_mpa", made.now_ms, 0.31) for one in devices[1:]])
     authority = Authority(made.layout)
-    authority.init(Setting(("127.0.0.1",), listen=f"127.0.0.1:{unused_port()}"), "li", "test")
+    port = unused_port()
+    authority.init(Setting(("127.0.0.1",), listen=f"127.0.0.1:{port}"), "li", "test")
     argv = [sys.executable, "-m", "citybrain", "desk", "--data", str(made.layout.root)]
     with (made.layout.root / "desk.log").open("ab") as log, subprocess.Popen(argv, stdout=log, stderr=log) as desk:
         try:
             with process(made.layout, "api", ready=made.url + "/healthz"):
                 eventually((made.layout.run / "desk.heartbeat.json").exists, 20)
+                eventually(lambda: accepts("127.0.0.1", port), what="the listener for boxes")
                 yield made
         finally:
             end(desk)

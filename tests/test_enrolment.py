@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
+from cryptography import x509
 
 from api import enrolment
 from api.pki.ca import Authority, Setting
 from citybrain.cli import main
 from citybrain.clock import DAY_MS, MINUTE_MS, Clock, ManualClock, real_unix_ms
+from citybrain.counters import read_heartbeats
 from citybrain.errors import ConfigError, ProtocolError, TransitionError, Unavailable, UsageError
 from gateway.centre import Caller, checked_context, clock_is_sound, unchecked_context
 from gateway.enrol import Answer, Trust, enrol, read_invitation
 from gateway.identity import Identity
 from gateway.renew import caller_of, renew
+from streams.runtimes.supervisor import accepts
 from tests.conftest import eventually, unused_port
 from tests.seeded_site import Seeded, process, seeded
 
@@ -51,6 +56,7 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
     listen = f"127.0.0.1:{unused_port()}"
     authority.init(Setting(("127.0.0.1", "localhost"), listen=listen, broker_port=18_883), "li", "test")
     with process(site.layout, "api", ready=site.url + "/healthz"):
+        eventually(lambda: accepts("127.0.0.1", int(listen.rpartition(":")[2])), what="the listener for boxes")
         yield Centre(site, authority)
 
 
@@ -127,6 +133,23 @@ def test_a_box_that_died_before_it_wrote_the_answer_fetches_it_again(tmp_path: P
     again = enrol(tmp_path, invitation, real_unix_ms(), BOARD)
     assert again.certificate == lost.certificate
     assert Identity(tmp_path).enrolled
+
+
+def test_a_box_that_died_while_it_wrote_the_answer_goes_on(tmp_path: Path, centre: Centre) -> None:
+    """The folder with the serial is there, half of it, the link does not lead to it yet, and the key still waits."""
+    invitation = read_invitation(centre.code().text)
+    identity = Identity(tmp_path)
+    caller = Caller(invitation.url, unchecked_context(), real_unix_ms())
+    body = {"code": invitation.code, "request": identity.request(), "board": BOARD}
+    lost = caller.call("POST", "/v1/enrol", Answer, body)
+    half = tmp_path / f"pki-{x509.load_pem_x509_certificate(lost.certificate.encode()).serial_number:x}"
+    half.mkdir()
+    (half / "gateway.pem").write_text("half")
+    assert not Identity(tmp_path).enrolled
+    enrol(tmp_path, invitation, real_unix_ms(), BOARD)
+    assert identity.folder.resolve() == half.resolve()
+    assert (half / "gateway.pem").read_text() == lost.certificate
+    assert not (tmp_path / "pki-new").exists()
 
 
 def test_the_answer_may_be_fetched_again_for_15_minutes_only(tmp_path: Path) -> None:
@@ -208,8 +231,10 @@ def another_centre(root: Path, clock: Clock | None = None) -> Iterator[Centre]:
     """Run a centre of its own, for a test that leaves it changed."""
     site = seeded(root)
     authority = Authority(site.layout, clock)
-    authority.init(Setting(("127.0.0.1",), listen=f"127.0.0.1:{unused_port()}"), "li", "test")
+    port = unused_port()
+    authority.init(Setting(("127.0.0.1",), listen=f"127.0.0.1:{port}"), "li", "test")
     with process(site.layout, "api", ready=site.url + "/healthz"):
+        eventually(lambda: accepts("127.0.0.1", port), what="the listener for boxes")
         yield Centre(site, authority)
 
 
@@ -364,3 +389,20 @@ def test_after_a_rotation_boxes_learn_of_the_new_authority_and_the_server_follow
 
         eventually(lambda: served() == newest, 20, "the API serving the new certificate")
         assert not renew(box, real_unix_ms())
+
+
+def test_the_api_goes_on_without_boxes_and_serves_them_as_soon_as_it_can(tmp_path: Path) -> None:
+    site, port = seeded(tmp_path / "site"), unused_port()
+    with process(site.layout, "api", ready=site.url + "/healthz"):
+        assert httpx.get(site.url + "/v1/gateways", trust_env=False).status_code == 200, "without an authority"
+        authority = Authority(site.layout)
+        authority.init(Setting(("127.0.0.1",), listen=f"127.0.0.1:{port}"), "li", "made while the API runs")
+        eventually(lambda: accepts("127.0.0.1", port), 20, "the listener for boxes")
+    with socket.create_server(("127.0.0.1", port)), process(site.layout, "api", ready=site.url + "/healthz"):
+
+        def warned() -> bool:
+            beats = [beat for beat in read_heartbeats(site.layout.run) if beat.process == "api"]
+            return any(f"port {port}" in one for beat in beats for one in beat.warnings)
+
+        eventually(warned, 20, "the taken port being said")
+        assert httpx.get(site.url + "/v1/gateways", trust_env=False).status_code == 200

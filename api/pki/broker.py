@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from citybrain.errors import ConfigError
+from citybrain.errors import ConfigError, StorageError
 from citybrain.storage import OS_FILES
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_PACKET = 2 * 1024 * 1024  # more than any frame: ingest, not the broker, refuses and counts the oversized ones
 INGEST = "service-ingest"
+PID = "mosquitto.pid"
 UP = ("telemetry", "event", "blob", "status", "reply")
 DOWN = ("ack", "command")
 
@@ -40,7 +41,7 @@ class BrokerFolder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def configuration(folder: BrokerFolder) -> str:
-    """Return mosquitto.conf.
+    """Return a whole mosquitto.conf, for a mosquitto that `citybrain run` does not start.
 
     The broker's PUBACK is never trusted (docs/wire.md), so nothing is kept on disk. Its default bound of 1,000 queued
     messages silently loses half of a burst (measured): 0 lifts it; the gateways' windows bound the queue instead.
@@ -49,7 +50,7 @@ def configuration(folder: BrokerFolder) -> str:
     lines = [
         "# Written by `citybrain ca broker`; changes are lost with the next one.",
         "per_listener_settings true",
-        f"pid_file {at / 'mosquitto.pid'}",
+        f"pid_file {at / PID}",
         "persistence false",
         "max_queued_messages 0",
         "max_inflight_messages 0",
@@ -68,8 +69,13 @@ def configuration(folder: BrokerFolder) -> str:
             "allow_anonymous true",
             f"acl_file {at / 'loopback.acl'}",
         ]
-    lines += [
-        "",
+    return "\n".join([*lines, "", listener(folder)])
+
+
+def listener(folder: BrokerFolder) -> str:
+    """Return the listener for boxes; `citybrain run` puts it behind its own (streams.runtimes.broker)."""
+    at = Path(folder.path)
+    lines = [
         "# Boxes and services: a certificate of ours, whose name is user name and client id.",
         f"listener {folder.port} {folder.bind}",
         "allow_anonymous false",
@@ -110,6 +116,7 @@ def write(authority: Authority, folder: BrokerFolder) -> None:
     OS_FILES.make(path)
     path.chmod(0o700)
     _put(path / "mosquitto.conf", configuration(folder).encode(), folder.user)
+    _put(path / "listener.conf", listener(folder).encode(), folder.user)
     _put(path / "loopback.acl", b"topic readwrite cb/v1/#\n", folder.user)
     if folder.user and os.geteuid() == 0:
         shutil.chown(path, folder.user)
@@ -124,7 +131,12 @@ def refresh(authority: Authority, folder: BrokerFolder) -> bool:
         return False
     files = {name: OS_FILES.read(source / name) for name in ("trust.pem", "crl.pem", "server.key", "server.pem")}
     files["access.acl"] = access(authority.book(), authority.clock.now_ms()).encode()
-    changed = [_put(path / name, data, folder.user) for name, data in files.items()]
+    try:
+        changed = [_put(path / name, data, folder.user) for name, data in files.items()]
+    except StorageError as error:
+        again = f"`citybrain ca broker --out {path}` as the user it belongs to brings it up to date"
+        authority.notes.append(f"the broker's folder cannot be written: {error}; {again}")
+        return False
     if any(changed):
         _reload(authority, path)
     return any(changed)
@@ -132,7 +144,7 @@ def refresh(authority: Authority, folder: BrokerFolder) -> bool:
 
 def _reload(authority: Authority, path: Path) -> None:
     """Send SIGHUP to the mosquitto that reads the folder; say what to do where that is not ours to do."""
-    pid = path / "mosquitto.pid"
+    pid = path / PID
     try:
         number = int(pid.read_text())
         if Path(f"/proc/{number}/comm").read_text().strip() == "mosquitto":

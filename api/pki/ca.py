@@ -153,14 +153,15 @@ class Authority:
         if kind == "gateway" and name.startswith(SERVICE):
             raise UsageError(f"gateway {name!r}: names that begin with {SERVICE!r} are our own services'")
         with self._writing():
-            return self._sign(kind, name, key, actor, reason)
+            return self._sign_client(kind, name, key, actor, reason)
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[str, ec.EllipticCurvePublicKey, Event, str, str], Issued]]:
         """Give a way to sign for a box (name, key, event, code, board) after looking at the book, as one step."""
 
         def sign(name: str, key: ec.EllipticCurvePublicKey, event: Event, code: str, board: str) -> Issued:
-            return self._sign("gateway", name, key, f"box {board}" if board else "box", "", event, code, board)
+            actor = f"box {board}" if board else "box"
+            return self._sign_client("gateway", name, key, actor, "", event=event, code=code, board=board)
 
         with self._writing():
             yield sign
@@ -272,6 +273,24 @@ class Authority:
         self._add([step])
         return self.issued(f"{serial:x}")
 
+    def _sign_client(
+        self,
+        kind: Kind,
+        name: str,
+        key: ec.EllipticCurvePublicKey,
+        actor: str,
+        reason: str,
+        *,
+        event: Event = "sign",
+        code: str = "",
+        board: str = "",
+    ) -> Issued:
+        """Sign, and let in again at the brokers who was shut out."""
+        made = self._sign(kind, name, key, actor, reason, event, code, board)
+        for folder in self.setting.brokers:
+            broker.refresh(self, folder)
+        return made
+
     def _tend(self) -> None:
         setting = self.setting
         _replace(self.folder / "trust.pem", self.trust())
@@ -283,11 +302,12 @@ class Authority:
     def _tend_server(self, setting: Setting) -> None:
         """Renew the server's certificate at two thirds of its life, or where another authority is to sign it.
 
-        A box learns of a new authority when it renews, so the server stays with the oldest one that a box in use has
-        its certificate from: that one every box trusts.
+        A box learns of a new authority when it renews, so the server stays with the oldest one that a box or a service
+        in use has its certificate from: that one everybody trusts.
         """
         now_ms, book = self.clock.now_ms(), self.book()
-        in_use = [one.authority for one in book.latest("gateway").values() if one.state(now_ms) == "valid"]
+        shown = (*book.latest("gateway").values(), *book.latest("service").values())
+        in_use = [one.authority for one in shown if one.state(now_ms) == "valid"]
         number = min(in_use, default=book.current)
         have = book.latest("server").get(SERVER)
         path = self.folder / "server.pem"

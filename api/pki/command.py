@@ -90,10 +90,14 @@ def _rotate(authority: Authority, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _broker(authority: Authority, args: argparse.Namespace) -> dict[str, Any]:
-    user = args.user or ("mosquitto" if os.geteuid() == 0 else "")
-    made = BrokerFolder(str(args.out.absolute()), args.port, args.bind, args.loopback_port, user)
+    own = args.out is None  # `citybrain run` starts it, as the user that it runs as itself
+    out = authority.layout.broker / "boxes" if own else args.out
+    user = args.user or ("mosquitto" if os.geteuid() == 0 and not own else "")
+    port = args.loopback_port if args.loopback_port is not None else authority.layout.read_run().mqtt_port
+    made = BrokerFolder(str(out.absolute()), args.port or authority.setting.broker_port, args.bind, port, user)
     authority.serve_broker(made)
-    return {"folder": made.path, "start": f"mosquitto -c {made.path}/mosquitto.conf"}
+    start = f"citybrain run --data {authority.layout.root}" if own else f"mosquitto -c {made.path}/mosquitto.conf"
+    return {"folder": made.path, "start": start}
 
 
 def _shown(authority: Authority, one: Issued) -> dict[str, Any]:
@@ -130,10 +134,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     made["revoke"].add_argument("serial", nargs="?", help="of the certificate, in hex")
     made["revoke"].add_argument("--gateway", metavar="ID", help="all valid certificates of a gateway or service")
     made["list"].add_argument("--state", choices=("all", "valid", "revoked", "expired"), default="all")
-    made["broker"].add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder mosquitto reads")
-    made["broker"].add_argument("--port", type=int, default=8883, help="where boxes connect")
+    made["broker"].add_argument(
+        "--out", type=Path, metavar="DIR", help="for a mosquitto of your own (default: the run's)"
+    )
+    made["broker"].add_argument("--port", type=int, help="where boxes connect (default: what boxes are told)")
     made["broker"].add_argument("--bind", default="0.0.0.0", help="the address of that listener")
-    made["broker"].add_argument("--loopback-port", type=int, default=1883, help="for this machine's own; 0: none")
+    made["broker"].add_argument(
+        "--loopback-port", type=int, help="for this machine's own (default: the run's); 0: none"
+    )
     made["broker"].add_argument("--user", default="", help="as whom mosquitto runs")
 
 
