@@ -20,8 +20,10 @@ from api.routes import (
     commands,
     console,
     devices,
+    evidence,
     health,
     maintenance,
+    orders,
     platforms,
     readings,
 )
@@ -60,13 +62,28 @@ def create_app(site: Site) -> FastAPI:
         responses={422: {"model": answers.Refusal, "description": "a parameter or the body is not as it should be"}},
     )
     app.state.site = site
-    for module in (health, devices, readings, assets, alarms, cases, maintenance, commands, platforms, console):
+    for module in (
+        health,
+        devices,
+        readings,
+        assets,
+        alarms,
+        cases,
+        evidence,
+        maintenance,
+        commands,
+        orders,
+        platforms,
+        console,
+    ):
         app.include_router(module.router)
-    _handle_errors(app, site)
+    handle_errors(app, site)
     return app
 
 
-def _handle_errors(app: FastAPI, site: Site) -> None:
+def handle_errors(app: FastAPI, site: Site) -> None:
+    """Have an application answer every refusal as a problem."""
+
     def answer(problem: Problem) -> JSONResponse:
         return JSONResponse(
             problem.body(), problem.status_code, problem.headers or {}, media_type="application/problem+json"

@@ -99,6 +99,7 @@ class Desk:
         self.delivered: list[int] = []  # when the messages had been made that it noted as delivered
         self._mailbox = Mailbox(layout.mailbox("desk"))
         self._ingest = Mailbox(layout.mailbox("ingest"))
+        self._orders = Mailbox(layout.mailbox("orders"))
         self._rulebook = Rulebook(layout)
         self._shelf = Shelf(self.shards)
         self._cases = CaseConfig(config.editions, Calendar(0, ()))
@@ -216,7 +217,7 @@ class Desk:
             elif row["kind"] == "registry":
                 continue
             made = Command(f"ledger-{row['id']:09d}", row["kind"], row["actor"], row["at"], body, row["reason"])
-            self._ingest.put(made)
+            (self._orders if row["kind"] == "order" else self._ingest).put(made)
         return [Input("asked", text({"ids": [row["id"] for row in rows]}))]
 
     def _commands(self) -> list[Input]:

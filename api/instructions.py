@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from api import orders
 from api.assets import office
 from api.cases.cases import CASE, FINISHED, judged, mirror, parse_stage
 from api.clerk import Clerk
@@ -284,4 +285,5 @@ HANDLERS: dict[str, Handler] = {
     "progress": _progress,
     "verdict": _verdict,
     **office.HANDLERS,
+    **orders.HANDLERS,
 }

@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from api.calls import Api
-from api.status import Words, language
-from citybrain.cli import Subcommand, emit
+from api.status import Words
+from citybrain.cli import Subcommand, emit, language
 from citybrain.errors import UsageError
 from citybrain.layout import Layout
 

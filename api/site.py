@@ -50,7 +50,7 @@ class Problem(HTTPException):
 
 
 class Site:
-    """One API process's surroundings. It reads; the only thing it writes are commands in the mailboxes."""
+    """One API process's surroundings. It reads; it writes commands into mailboxes, and who looked at evidence."""
 
     def __init__(self, layout: Layout, run: Run, latest: Latest, counters: Counters) -> None:
         self.layout = layout

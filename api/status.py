@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from api.calls import Api
-from citybrain.cli import Subcommand, emit
+from citybrain.cli import Subcommand, emit, language
 from citybrain.errors import Unavailable
 from citybrain.layout import Layout, Run
 
@@ -39,12 +39,6 @@ def ask(layout: Layout) -> dict[str, Any]:
             f"start this one with `citybrain run --data {layout.root}`"
         )
     return {key: status[key] for key in KEYS} | {key: value for key, value in status.items() if key not in KEYS}
-
-
-def language(environment: Mapping[str, str]) -> str:
-    """Return "zh" where the terminal's language is Chinese, else "en"."""
-    chosen = environment.get("LC_ALL") or environment.get("LC_MESSAGES") or environment.get("LANG") or ""
-    return "zh" if chosen.lower().startswith("zh") else "en"
 
 
 def lines(status: Mapping[str, Any], language: str) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,12 @@ def parser_for(name: str, command: Subcommand) -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     command.arguments(parser)
     return parser
+
+
+def language(environment: Mapping[str, str]) -> str:
+    """Return "zh" where the terminal's language is Chinese, else "en"."""
+    chosen = environment.get("LC_ALL") or environment.get("LC_MESSAGES") or environment.get("LANG") or ""
+    return "zh" if chosen.lower().startswith("zh") else "en"
 
 
 def emit(result: dict[str, Any], *, as_json: bool) -> None:

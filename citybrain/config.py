@@ -112,13 +112,42 @@ def convert(value: Any, kind: type[T], lines: Lines, path: str = "") -> T:
         return msgspec.convert(value, kind, dec_hook=_hook)
     except msgspec.ValidationError as error:
         what, _, inside = str(error).partition(" - at `")
-        inner = inside.rstrip("`").removeprefix("$").removeprefix(".")
+        inner = _named(inside.rstrip("`").removeprefix("$"), value, kind, str(error)).removeprefix(".")
         unknown = re.search(r"unknown field `(.+)`", what)
         if unknown:
             inner = f"{inner}.{unknown[1]}" if inner else unknown[1]
             what = f"unknown field {unknown[1]!r}{_nearest(unknown[1], kind)}"
         full = f"{path}{'' if not path or not inner or inner[0] == '[' else '.'}{inner}"
         raise ConfigError(lines.where(full), what) from None
+
+
+def _named(path: str, value: Any, kind: Any, message: str) -> str:
+    """Return msgspec's path of an error with the keys that it leaves out (`[...]`): whose part alone fails so."""
+    done, around = "", value
+    while "[...]" in path:
+        before, _, path = path.partition("[...]")
+        for field, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", before):
+            around = around[field or int(index)]
+        key = next((key for key in list(around) if _message_of(around, key, value, kind) == message), None)
+        if key is None:
+            return f"{done}{before}[...]{path}"
+        done, around = f"{done}{before}.{key}", around[key]
+    return done + path
+
+
+def _message_of(around: dict[str, Any], key: str, value: Any, kind: Any) -> str:
+    """Return what is wrong with `value` while the mapping `around` in it has but one key."""
+    whole = dict(around)
+    around.clear()
+    around[key] = whole[key]
+    try:
+        msgspec.convert(value, kind, dec_hook=_hook)
+    except msgspec.ValidationError as error:
+        return str(error)
+    finally:
+        around.clear()
+        around.update(whole)
+    return ""
 
 
 def _nearest(name: str, kind: Any) -> str:
@@ -133,6 +162,7 @@ def _nearest(name: str, kind: Any) -> str:
         names.update(fields)
         hints = typing.get_type_hints(current) if fields else {}
         todo += [*hints.values(), *typing.get_args(current)]
+    names.discard(name)  # known, but not there
     close = difflib.get_close_matches(name, sorted(names), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

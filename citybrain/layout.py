@@ -64,6 +64,10 @@ class Layout(msgspec.Struct, frozen=True):
         return self.root / "blobs"
 
     @property
+    def evidence(self) -> Path:
+        return self.root / "evidence"
+
+    @property
     def clouds(self) -> Path:
         return self.root / "clouds"
 
@@ -74,6 +78,14 @@ class Layout(msgspec.Struct, frozen=True):
     @property
     def secrets(self) -> Path:
         return self.root / "secrets"
+
+    @property
+    def ca(self) -> Path:
+        return self.root / "ca"
+
+    @property
+    def templates(self) -> Path:
+        return self.root / "templates"
 
     @property
     def truth(self) -> Path:

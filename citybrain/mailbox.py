@@ -8,6 +8,7 @@ may see one again after a crash and must know its `id`.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,15 @@ class Mailbox:
         self._files.make(self.folder)
         self._files.replace(self.folder / f"{item.at:015d}-{item.id}.json", msgspec.json.encode(item))
 
-    def take(self, most: int = 200) -> tuple[list[tuple[str, Command]], list[Broken]]:
-        """Return up to `most` (name, command) pairs, and what could not be read (moved aside, never deleted)."""
+    def take(self, most: int = 200, besides: Collection[str] = ()) -> tuple[list[tuple[str, Command]], list[Broken]]:
+        """Return up to `most` (name, command) pairs, and what could not be read (moved aside, never deleted).
+
+        besides: names that the caller has read already and leaves there.
+        """
         items: list[tuple[str, Command]] = []
         broken: list[Broken] = []
         names = [name for name in self._files.names(self.folder) if name.endswith(".json") and name[0] != "."]
+        names = [name for name in names if name not in besides] if besides else names
         for name in names[:most]:
             path = self.folder / name
             try:

@@ -12,14 +12,21 @@ import msgspec
 
 
 class Lane(enum.IntEnum):
-    """An uplink lane; a series belongs to exactly one. Telemetry is FIFO; event overtakes it."""
+    """An uplink lane. Telemetry is FIFO; event overtakes it; blob (evidence, in chunks) waits for both.
+
+    A series belongs to telemetry or event (`READING_LANES`).
+    """
 
     TELEMETRY = 0
     EVENT = 1
+    BLOB = 2
 
     @property
     def topic(self) -> str:
         return self.name.lower()
+
+
+READING_LANES = (Lane.TELEMETRY, Lane.EVENT)
 
 
 class Reading(msgspec.Struct, frozen=True):

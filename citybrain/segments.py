@@ -103,7 +103,8 @@ def segment_name(first: int) -> str:
 
 def segments(files: Files, folder: Path) -> list[int]:
     """Return the first offsets of the folder's segments, in order."""
-    return [int(name[: -len(SUFFIX)]) for name in files.names(folder) if name.endswith(SUFFIX) and name[0] != "."]
+    names = (name.removesuffix(SUFFIX) for name in files.names(folder) if name.endswith(SUFFIX))
+    return [int(name) for name in names if name.isdecimal()]
 
 
 class Writer:
@@ -146,8 +147,8 @@ class Writer:
         if result.fault:
             if valid_record_after(data, result.end, following):
                 return self._set_aside(first, path, data, result)
-            self._files.replace(path.with_suffix(f".{result.end}.torn"), data[result.end :])
-            self.warnings.append(f"{path} at byte {result.end}: torn end cut ({result.fault}), kept beside it")
+            kept = self._keep_torn(path.with_suffix(f".{result.end}.torn"), data[result.end :])
+            self.warnings.append(f"{path} at byte {result.end}: torn end cut ({result.fault}), {kept}")
         self._handle = self._files.append(path)
         if result.fault:
             self._handle.truncate(result.end)
@@ -155,6 +156,14 @@ class Writer:
         self._size = result.end
         self.segment = first
         return following
+
+    def _keep_torn(self, path: Path, data: bytes) -> str:
+        """Keep a torn end for whoever looks into it; a full disk must not keep a store from starting."""
+        try:
+            self._files.replace(path, data)
+        except DiskFull:
+            return "not kept: no space left on the device"
+        return "kept beside it"
 
     def _set_aside(self, first: int, path: Path, data: bytes, result: Scan) -> int:
         """Keep a damaged segment aside, its good beginning in place, and go on behind the last offset it can hold."""

@@ -115,6 +115,8 @@ class OsFiles:
             return sorted(os.listdir(folder))  # noqa: PTH208  names, not paths
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise storage_error(folder, error) from error
 
     def make(self, folder: Path) -> None:
         try:
@@ -125,9 +127,16 @@ class OsFiles:
 
     def replace(self, path: Path, data: bytes) -> None:
         """Write a whole file so that a crash leaves the old or the new one, never a mixture."""
+        self._replace(path, data, 0o666)
+
+    def replace_private(self, path: Path, data: bytes) -> None:
+        """Write a whole file as `replace` does, at no moment readable by anybody but its owner: a key."""
+        self._replace(path, data, 0o600)
+
+    def _replace(self, path: Path, data: bytes, mode: int) -> None:
         beside = path.with_name(f".{path.name}.{os.getpid()}.new")
         try:
-            with beside.open("wb") as file:
+            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -165,6 +174,8 @@ class OsFiles:
                 return int.from_bytes(file.read(8), "little")
         except FileNotFoundError:
             return 0
+        except OSError as error:
+            raise storage_error(path, error) from error
 
     @staticmethod
     def _sync_folder(folder: Path) -> None:

@@ -56,9 +56,16 @@ _ALL = (
     Metric("stall_s", "s", 0.0, 1e7, "占道经营持续", "stall on the pavement for"),
     Metric("lane_blocked_s", "s", 0.0, 1e7, "消防通道占用持续", "fire lane blocked for"),
     Metric("crowd", "1", 0.0, 1.0, "人群密度", "crowd density"),
+    # What the edge says of a device: how far it can be trusted (edge.driver.Quality), and a limit of its own (0: over).
+    Metric("quality", "code", 0.0, 7.0, "数据质量", "quality"),
+    Metric("local_alarm", "code", 0.0, 999.0, "就地报警", "local alarm"),
+    # The first 52 bits of a picture's SHA-256: which evidence a scene event means (citybrain.wire.evidence_number).
+    Metric("evidence", "1", 0.0, 2.0**52, "证据编号", "evidence number"),
     Metric("value", "1", -1e15, 1e15, "数值", "value"),
     Metric("uptime_s", "s", 0.0, 1e10, "运行时长", "uptime"),
     Metric("spooled", "messages", 0.0, 1e9, "待发消息", "spooled messages"),
+    Metric("clock_offset_s", "s", -1e10, 1e10, "时钟偏差", "clock offset"),
+    Metric("uplink_kb_per_h", "kB/h", 0.0, 1e9, "上行流量", "traffic of the uplink"),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 
@@ -69,3 +76,19 @@ def metric(name: str) -> Metric:
         return METRICS[name]
     except KeyError:
         raise NotFound(f"metric {name!r}: not one of {', '.join(sorted(METRICS))}") from None
+
+
+# What a source may give, and how it becomes the metric's canonical unit: value * scale + offset.
+CONVERSIONS: dict[str, tuple[str, float, float]] = {
+    "bar": ("MPa", 0.1, 0.0),
+    "kPa": ("MPa", 0.001, 0.0),
+    "psi": ("MPa", 0.006894757293168361, 0.0),
+    "L/min": ("L/s", 1 / 60, 0.0),
+    "m3/h": ("L/s", 1 / 3.6, 0.0),
+    "mA": ("A", 0.001, 0.0),
+    "mV": ("V", 0.001, 0.0),
+    "cm": ("m", 0.01, 0.0),
+    "mm": ("m", 0.001, 0.0),
+    "m/s2": ("g", 1 / 9.80665, 0.0),
+    "°F": ("°C", 5 / 9, -160 / 9),
+}

@@ -9,6 +9,7 @@ fast path to arrays is `streams.decode`.
 from __future__ import annotations
 
 import array
+import hashlib
 import math
 import struct
 import sys
@@ -27,11 +28,16 @@ WINDOW_MESSAGES = 32
 WINDOW_BYTES = 512 * 1024
 MAX_SEQ = 2**53 - 1  # JSON's exact integers: any client can count that far
 
+MAX_BLOB = 1024 * 1024
+CHUNK_BYTES = 63 * 1024  # of content in one message of the blob lane: with both headers below 64 KiB
+
 COLUMNS_MAGIC = 0xCB
 VERSION = 1
 FLAG_ZSTD = 1
 HEAD = struct.Struct("<BBBBIQQQq")  # magic, version, flags, 0, inflated body bytes, epoch, seq, floor, sent_at
 BODY = struct.Struct("<HHIIIq")  # devices, metrics, values, names bytes (padded to 8), 0, base time
+CHUNK = struct.Struct("<32sIIB7x")  # SHA-256 of the whole blob, its bytes, where this chunk begins, flags, 7 × 0
+FLAG_UNMASKED = 1
 assert sys.byteorder == "little", "the packed arrays are little-endian"
 
 
@@ -82,6 +88,7 @@ class Status(msgspec.Struct, frozen=True):
     online: bool
     at: int
     serial: str = ""
+    spool: str = ""  # what the gateway's spool found damaged when it started
     v: int = VERSION
 
 
@@ -279,6 +286,55 @@ def finite(number: float) -> bool:
     return math.isfinite(number)
 
 
+class Chunk(msgspec.Struct, frozen=True):
+    """A part of a blob. `sha256` (hex) and `size` are the whole blob's; `content` begins at byte `offset` of it.
+
+    unmasked: persons or plates may be recognised in it, so whoever looks at it has to say why.
+    """
+
+    sha256: str
+    size: int
+    offset: int
+    unmasked: bool
+    content: bytes
+
+
+def blob_chunks(content: bytes, *, unmasked: bool = False) -> list[bytes]:
+    """Cut a blob into bodies of the blob lane; raises ValueError where it is empty, or larger than 1 MiB."""
+    if not 0 < len(content) <= MAX_BLOB:
+        raise ValueError(f"a blob of {len(content)} bytes: want 1 .. {MAX_BLOB}")
+    digest, flags = hashlib.sha256(content).digest(), FLAG_UNMASKED if unmasked else 0
+    return [
+        CHUNK.pack(digest, len(content), offset, flags) + content[offset : offset + CHUNK_BYTES]
+        for offset in range(0, len(content), CHUNK_BYTES)
+    ]
+
+
+def blob_sha256(content: bytes) -> str:
+    """Return what a blob is named by: its SHA-256 in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def open_chunk(message: Message) -> Chunk:
+    """Return the chunk that a message of the blob lane holds; raises WireError(`malformed`)."""
+    if not message.columns or len(message.body) <= CHUNK.size:
+        raise WireError("malformed", f"{len(message.body)} bytes are no chunk of a blob")
+    digest, size, offset, flags = CHUNK.unpack_from(message.body)
+    content = message.body[CHUNK.size :]
+    if not 0 < size <= MAX_BLOB or offset % CHUNK_BYTES or len(content) != min(CHUNK_BYTES, size - offset):
+        raise WireError("malformed", f"{len(content)} bytes at {offset} are no chunk of a blob of {size} bytes")
+    return Chunk(digest.hex(), size, offset, bool(flags & FLAG_UNMASKED), content)
+
+
+def evidence_number(sha256: str) -> float:
+    """Return the value of the metric `evidence` that names a blob: the first 52 bits of its hash, exact as a float.
+
+    >>> evidence_number("00000000000ff" + 51 * "0")
+    255.0
+    """
+    return float(int(sha256[:13], 16))
+
+
 # --- down and beside --------------------------------------------------------------------------------------------
 
 _ack = msgspec.json.Decoder(Ack)
@@ -303,8 +359,14 @@ def decode_status(payload: bytes) -> Status:
         status = _status.decode(payload)
     except NOT_JSON as error:
         raise WireError("malformed", f"status: {error}") from None
-    if not 0 <= status.connection <= MAX_SEQ or abs(status.at) > MAX_SEQ or len(status.serial) > 128:
+    if (
+        not 0 <= status.connection <= MAX_SEQ
+        or abs(status.at) > MAX_SEQ
+        or len(status.serial) > 128
+        or len(status.spool) > 500
+    ):
         raise WireError(
-            "malformed", "status: want 0 <= connection <= 2^53, a time in ms, a serial of up to 128 characters"
+            "malformed",
+            "status: want 0 <= connection <= 2^53, a time in ms, a serial of up to 128 characters, spool of up to 500",
         )
     return status

@@ -55,8 +55,14 @@ class Host(Protocol):
     def quality(self, device: str, quality: Quality, why: str = "") -> None:
         """Say how far a device can be trusted: told on change only, to the log and upstream."""
 
+    def drop(self, reason: str, amount: int = 1, sample: str = "") -> None:
+        """Count what came and was not used, and why; `sample` is one of them to look at."""
+
     def wait(self, seconds: float) -> bool:
-        """Wait; return True as soon as the driver is to end. A driver that calls nothing for its `deadline_s` hangs."""
+        """Wait; return True as soon as the driver is to end, False at once when a request comes.
+
+        A driver that calls nothing of its host for its `DEADLINE_S` hangs; waiting here does not count.
+        """
 
     def requests(self) -> list[Request]:
         """Return what was asked since the last call."""

@@ -14,33 +14,40 @@ from __future__ import annotations
 import random
 import secrets
 import struct
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from pathlib import Path
 
 import msgspec
 
+from citybrain.clock import DAY_MS
 from citybrain.counters import Counters
-from citybrain.errors import DiskFull
-from citybrain.model import Lane, Reading
-from citybrain.segments import FRAME, HEADER, MAX_RECORD, OVERHEAD, Record, Writer, scan, segment_name, segments
+from citybrain.errors import DiskFull, StorageError
+from citybrain.model import READING_LANES, Lane, Reading
 from citybrain.storage import OS_FILES, Files
-from citybrain.wire import HEAD, MAX_MESSAGE, MAX_SEQ, WINDOW_BYTES, columns_body, crc32c
+from citybrain.wire import HEAD, MAX_MESSAGE, MAX_SEQ, blob_chunks, blob_sha256, columns_body
+from gateway.store import Pending, Store
 
 LIMIT_BYTES = 512 * 1024 * 1024  # 7 days of 1,000 devices at one reading a minute are about 300 MB
 SEGMENT_BYTES = 1024 * 1024  # what a drain holds in memory, and what an eviction loses at once
-RECENT_BYTES = 2 * WINDOW_BYTES
+AGE_MS = 30 * DAY_MS
+CLOCK_SET_MS = 1_577_836_800_000  # 2020: what was spooled before is of a gateway that did not know the time
+COMMITS = (Lane.EVENT, Lane.TELEMETRY, Lane.BLOB)  # in this order: what matters most first
+LANE_NAMES = tuple(lane.topic for lane in Lane)
+MOST_FAULT = 300  # letters
+EVICTS = (Lane.BLOB, Lane.TELEMETRY, Lane.EVENT)
 MAX_BODY = MAX_MESSAGE - HEAD.size - 2048  # zstd adds at most 1/256 to what it cannot compress
-MESSAGE = 1  # the records' kind
 
 
 class Meta(msgspec.Struct, frozen=True):
-    """What `meta.json` holds: the board this spool was written on, its epoch, and its latest connection."""
+    """What `meta.json` holds: the board this spool was written on, its epoch, its latest connection, its lanes.
+
+    A lane that it does not name is new: nothing of it can be gone.
+    """
 
     serial: str
     epoch: int
     connection: int = 0
+    lanes: tuple[str, ...] = tuple(lane.topic for lane in READING_LANES)
     v: int = 1
 
 
@@ -55,165 +62,13 @@ def seeded_epochs(seed: str) -> Callable[[], int]:
     return lambda: source.randint(1, MAX_SEQ)
 
 
-class _Pending(msgspec.Struct, frozen=True):
-    at_ms: int
-    body: bytes
-    readings: int
-
-
-class _Store:
-    """One lane's segments. Only synced records are ever handed out."""
-
-    def __init__(self, folder: Path, files: Files, segment_bytes: int) -> None:
-        self.folder = folder
-        self.files = files
-        self.writer = Writer(folder, files, segment_bytes)
-        self.floor = 1
-        self._mark = folder / "floor"
-        self.firsts: list[int] = []  # the segments on disk, by their first seq
-        self.pending: list[_Pending] = []  # appended, not yet committed
-        self._recent: dict[int, bytes] = {}
-        self._recent_bytes = 0
-        self._loaded: dict[int, bytes] = {}  # one segment, read back
-        self._loaded_first = -1
-        self._loaded_end = 0
-        self._loaded_until = 0
-
-    @property
-    def committed(self) -> int:
-        return self.writer.committed
-
-    def start(self) -> bool:
-        """Recover; return whether records that had been synced are gone."""
-        marked = self.files.marked(self.folder / "committed")
-        empty = not segments(self.files, self.folder)
-        self.writer.start(1)
-        self.firsts = segments(self.files, self.folder)
-        gone = empty or self.committed < marked
-        self.floor = min(max(self.files.marked(self._mark), self.firsts[0], 1), self.committed)
-        self.files.mark(self._mark, self.floor)
-        return gone
-
-    def append(self, message: _Pending) -> int:
-        self.pending.append(message)
-        return self.writer.append(MESSAGE, message.at_ms, message.body)
-
-    def commit(self) -> int:
-        """Sync what is pending, return its bytes; after a DiskFull `again` or `give_up` must follow."""
-        first = self.committed
-        self.writer.commit()
-        if self.writer.segment != self.firsts[-1]:
-            self.firsts.append(self.writer.segment)
-        written = 0
-        for seq, message in enumerate(self.pending, first):
-            self._remember(seq, message.body)
-            written += OVERHEAD + len(message.body)
-        self.pending.clear()
-        return written
-
-    def again(self) -> None:
-        """Hand what is pending to the writer once more: a full disk made it forget."""
-        for message in self.pending:
-            self.writer.append(MESSAGE, message.at_ms, message.body)
-
-    def give_up(self) -> int:
-        """Forget what is pending, return how many readings that were."""
-        readings = sum(message.readings for message in self.pending)
-        self.pending.clear()
-        return readings
-
-    def _remember(self, seq: int, body: bytes) -> None:
-        self._recent[seq] = body
-        self._recent_bytes += len(body)
-        while self._recent_bytes > RECENT_BYTES:
-            self._forget(next(iter(self._recent)))
-
-    def _forget(self, seq: int) -> None:
-        self._recent_bytes -= len(self._recent.pop(seq))
-
-    def body(self, seq: int) -> bytes | None:
-        """Return a committed message's body, or None where there is none (any more)."""
-        found = self._recent.get(seq)
-        if found is not None or not self.firsts[0] <= seq < self.committed:
-            return found
-        self._load(bisect_right(self.firsts, seq) - 1)
-        return self._loaded.get(seq)
-
-    def following(self, seq: int) -> int:
-        """Return the lowest seq at or above `seq` whose message is readable; the next one to be given where none is."""
-        while seq < self.committed and self.body(seq) is None:
-            in_segment = [there for there in self._loaded if there > seq]
-            behind = bisect_right(self.firsts, seq)
-            beyond = self.firsts[behind] if behind < len(self.firsts) else self.committed
-            seq = min(in_segment, default=beyond)
-        return seq
-
-    def question(self) -> int:
-        """Return the lowest readable seq that is not acknowledged; else the highest, else the first to be given."""
-        seq = self.following(self.floor)
-        return seq if seq < self.committed else self.latest() or self.committed
-
-    def latest(self) -> int:
-        """Return the highest seq whose message is readable, also if acknowledged; 0 where there is none."""
-        for index in reversed(range(len(self.firsts))):
-            self._load(index)
-            if self._loaded:
-                return max(self._loaded)
-        return 0
-
-    def _load(self, index: int) -> None:
-        first = self.firsts[index]
-        until = self.firsts[index + 1] if index + 1 < len(self.firsts) else self.committed
-        if first != self._loaded_first:
-            self._loaded, self._loaded_first, self._loaded_end, self._loaded_until = {}, first, 0, 0
-        if self._loaded_until == until:
-            return
-        path = self.folder / segment_name(first)
-        damaged = path.with_suffix(".damaged")  # set aside by recovery: what is whole in it still counts
-        if damaged.name in self.files.names(self.folder):
-            path = damaged
-        data = self.files.read(path, self._loaded_end)
-        records = whole_records(data, first, until)
-        self._loaded.update((record.offset, record.payload) for record in records)
-        self._loaded_end += len(data)
-        self._loaded_until = until
-
-    def raise_floor(self, floor: int) -> int:
-        """Free what is below `floor`, which must not exceed what is committed; return the bytes freed on disk."""
-        self.floor = max(self.floor, floor)
-        self.files.mark(self._mark, self.floor)
-        for seq in list(takewhile(lambda seq: seq < self.floor, self._recent)):
-            self._forget(seq)
-        before, freed = len(self.firsts), 0
-        while len(self.firsts) > 1 and self.firsts[1] <= self.floor:
-            path = self.folder / segment_name(self.firsts.pop(0))
-            freed += self.files.size(path)
-            self.files.remove(path.with_suffix(".damaged"))
-        if len(self.firsts) < before:
-            self.writer.drop_before(self.floor)
-        return freed
-
-    def oldest_end(self) -> int:
-        """Return the seq behind the oldest segment, closing it where it is still written to; 0 where all is empty."""
-        if len(self.firsts) == 1:
-            if self.firsts[0] == self.committed:
-                return 0
-            self.writer.roll()
-            if self.writer.segment == self.firsts[0]:
-                return 0
-            self.firsts.append(self.writer.segment)
-        return self.firsts[1]
-
-    def bytes_on_disk(self) -> int:
-        return sum(self.files.size(self.folder / segment_name(first)) for first in self.firsts)
-
-
 class Spool:
     """A gateway's messages by lane. Call `start` first; nothing is safe, or readable, before `commit` returned.
 
     `limit_bytes` bounds the segments of all lanes together: beyond it, and on a full disk, the oldest segments go,
-    telemetry before event, counted as `lost_total{reason=evicted}`. Not so where `evicts` is false, because whoever
-    gave us readings was told that they are safe: then nothing goes, and he must ask `full` before he takes more.
+    blob before telemetry before event, counted as `lost_total{reason=evicted}`; what is older than `age_ms` goes at
+    `expire`, `lost_total{reason=aged}`; both as `evicted_total{lane}`. Nothing is evicted where `evicts` is false,
+    because whoever gave us readings was told that they are safe: he must ask `full` before he takes more.
     """
 
     def __init__(
@@ -227,6 +82,7 @@ class Spool:
         counters: Counters | None = None,
         draw_epoch: Callable[[], int] = random_epoch,
         evicts: bool = True,
+        age_ms: int = AGE_MS,
     ) -> None:
         self.folder = folder
         self.serial = serial
@@ -234,25 +90,27 @@ class Spool:
         self.counters = counters if counters is not None else Counters("gateway")
         self.epoch = 0
         self.connection = 0
+        self.fault = ""  # what was found damaged at the start; the gateway's status says it
         self.asks = dict.fromkeys(Lane, 0)  # what to ask ingest with in an earlier process's epoch; see gateway.uplink
         self.resumed = dict.fromkeys(Lane, 0)  # highest seq that an earlier process may have sent in this epoch
         self._files = files
         self._draw_epoch = draw_epoch
         self._evicts = evicts
+        self._age_ms = age_ms
         self._bytes = 0
         part = min(segment_bytes, max(limit_bytes // 8, 1))  # so that evicting one never empties the spool
-        self._stores = {lane: _Store(folder / lane.topic, files, part) for lane in Lane}
+        self._stores = {lane: Store(folder / lane.topic, files, part, self.counters) for lane in Lane}
 
     # --- life ---
 
     def start(self) -> None:
-        """Recover both lanes and the numbering; raises StorageError. `counters.warnings` says what was not whole."""
+        """Recover all lanes and the numbering. `counters.warnings` and `fault` say what was not whole.
+
+        A lane that cannot be recovered is set aside whole, and a new epoch begins. Raises StorageError where the disk
+        cannot be written at all: read-only, or full of what is not ours.
+        """
         self._files.make(self.folder)
-        gone = [store.folder.name for store in self._stores.values() if store.start()]
-        for store in self._stores.values():
-            for text in store.writer.warnings:
-                self.counters.warn(text)
-                self.counters.add("errors_total", stage="recovery")
+        gone = [lane.topic for lane in self._stores if self._recover(lane)]
         self._bytes = sum(store.bytes_on_disk() for store in self._stores.values())
         meta = self._read_meta()
         if meta is None:
@@ -261,11 +119,37 @@ class Spool:
         self.epoch, self.connection = meta.epoch, meta.connection
         if meta.serial != self.serial:
             self.new_epoch("other_board")
-        elif gone:
+        elif not set(gone).isdisjoint(meta.lanes):
             self.new_epoch("records_gone")
         else:
             self.resumed = {lane: store.committed - 1 for lane, store in self._stores.items()}
             self.asks = {lane: store.question() for lane, store in self._stores.items()}
+
+    def _recover(self, lane: Lane) -> bool:
+        """Recover a lane; return whether anything of it that had been synced is gone."""
+        store = self._stores[lane]
+        try:
+            gone = store.start()
+        except DiskFull:
+            raise
+        except StorageError as error:
+            aside = self._set_aside(store)
+            self._found(f"{error}; the whole lane is kept as {aside}, and it begins anew")
+            gone = store.start() or True
+        for text in store.writer.warnings:
+            self._found(text)
+        return gone
+
+    def _set_aside(self, store: Store) -> Path:
+        """Move a lane's folder out of the way; raises StorageError where the disk is read-only."""
+        aside = store.folder.with_name(f"{store.folder.name}.damaged-{secrets.token_hex(4)}")
+        self._files.rename(store.folder, aside)
+        return aside
+
+    def _found(self, text: str) -> None:
+        self.fault = (f"{self.fault}; {text}" if self.fault else text)[:MOST_FAULT]
+        self.counters.warn(text)
+        self.counters.add("errors_total", stage="recovery")
 
     def _read_meta(self) -> Meta | None:
         path = self.folder / "meta.json"
@@ -273,13 +157,13 @@ class Spool:
             return None
         try:
             meta = msgspec.json.decode(self._files.read(path), type=Meta)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            self.counters.warn(f"{path}: {error}; a new epoch begins")
+        except (StorageError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            self._found(f"{path}: {error}; a new epoch begins")
             return None
         return meta if 0 < meta.epoch <= MAX_SEQ else None
 
     def _write_meta(self) -> None:
-        content = msgspec.json.encode(Meta(self.serial, self.epoch, self.connection))
+        content = msgspec.json.encode(Meta(self.serial, self.epoch, self.connection, LANE_NAMES))
         self._files.replace(self.folder / "meta.json", content)
 
     def new_epoch(self, reason: str = "restored") -> None:
@@ -330,7 +214,7 @@ class Spool:
                 self._split(lane, readings, at_ms, "unencodable", str(error))
             else:
                 if len(body) <= MAX_BODY:
-                    store.append(_Pending(at_ms, body, len(readings)))
+                    store.append(Pending(at_ms, body, len(readings)))
                 else:
                     self._split(lane, readings, at_ms, "oversized", f"{len(body)} bytes, at most {MAX_BODY} fit")
         return store.writer.next_offset - 1
@@ -340,8 +224,17 @@ class Spool:
         if len(body) > MAX_BODY:
             raise ValueError(f"a body of {len(body)} bytes, at most {MAX_BODY} fit in a message")
         store = self._stores[lane]
-        store.append(_Pending(at_ms, body, readings))
+        store.append(Pending(at_ms, body, readings))
         return store.writer.next_offset - 1
+
+    def put_blob(self, content: bytes, at_ms: int, *, unmasked: bool = False) -> str:
+        """Number evidence (1 byte .. 1 MiB) as messages of the blob lane; return its SHA-256 in hex.
+
+        unmasked: persons may be recognised in it. Raises ValueError, with nothing taken: it is empty, or too large.
+        """
+        for body in blob_chunks(content, unmasked=unmasked):
+            self._stores[Lane.BLOB].append(Pending(at_ms, body, 1))
+        return blob_sha256(content)
 
     def _split(self, lane: Lane, readings: Sequence[Reading], at_ms: int, reason: str, what: str) -> None:
         if len(readings) == 1:
@@ -352,13 +245,16 @@ class Spool:
         self.append(lane, readings[:half], at_ms)
         self.append(lane, readings[half:], at_ms)
 
-    def commit(self) -> None:
-        """Sync what was appended. A full disk evicts; raises DiskFull where that does not help: it is dropped, counted.
+    def commit(self, *lanes: Lane) -> None:
+        """Sync what was appended, to all lanes or to these. A full disk evicts.
 
-        Any other StorageError means that the process must end.
+        Raises DiskFull where that does not help: what was appended is dropped, and counted. Any other StorageError
+        means that the process must end.
         """
         failed: DiskFull | None = None
-        for lane in (Lane.EVENT, Lane.TELEMETRY):
+        for lane in COMMITS:
+            if lanes and lane not in lanes:
+                continue
             try:
                 self._commit(self._stores[lane])
             except DiskFull as error:
@@ -368,7 +264,7 @@ class Spool:
         if failed is not None:
             raise failed
 
-    def _commit(self, store: _Store) -> None:
+    def _commit(self, store: Store) -> None:
         while True:
             try:
                 self._bytes += store.commit()
@@ -381,20 +277,38 @@ class Spool:
                 return
 
     def _evict(self) -> bool:
-        """Drop the oldest segment, of telemetry as long as there is one; return whether there was any."""
+        """Drop the oldest segment of the first lane in `EVICTS` that has one; return whether there was any.
+
+        Before anything is lost all goes that is acknowledged and stayed for its numbers alone.
+        """
         if not self._evicts:
             return False
-        for lane in (Lane.TELEMETRY, Lane.EVENT):
+        for lane in sorted(EVICTS, key=lambda lane: self._stores[lane].floor < self._stores[lane].committed):
             store = self._stores[lane]
             try:
                 end = store.oldest_end()
             except DiskFull:  # not even an empty file fits
                 continue
             if end:
-                self.counters.add("lost_total", max(end - store.floor, 0), reason="evicted")
-                self._bytes -= store.raise_floor(end)
+                self._give_up(lane, end, "evicted")
                 return True
         return False
+
+    def _give_up(self, lane: Lane, end: int, reason: str) -> None:
+        store = self._stores[lane]
+        lost = max(end - store.floor, 0)
+        self.counters.add("lost_total", lost, reason=reason)
+        self.counters.add("evicted_total", lost, lane=lane.topic)
+        self._bytes -= store.raise_floor(end)
+
+    def expire(self, now_ms: int) -> None:
+        """Give up segments of which everything is older than `age_ms`; call it with a clock that is to be trusted.
+
+        What was spooled before the clock was set has no age. Raises StorageError.
+        """
+        for lane, store in self._stores.items():
+            while end := store.aged(now_ms - self._age_ms, CLOCK_SET_MS):
+                self._give_up(lane, end, "aged")
 
     # --- out ---
 
@@ -443,7 +357,7 @@ class Spool:
             seq += 1
         return messages
 
-    def _over_gap(self, store: _Store) -> int:
+    def _over_gap(self, store: Store) -> int:
         there = store.following(store.floor)
         if there > store.floor:
             missing = there - store.floor
@@ -457,28 +371,3 @@ class Spool:
         store = self._stores[lane]
         if store.floor <= seq < store.committed:
             self._bytes -= store.raise_floor(seq + 1)
-
-
-def whole_records(data: bytes, least: int, below: int) -> list[Record]:
-    """Return every whole record with `least <= offset < below`, in order, stepping over whatever lies between them."""
-    records: list[Record] = []
-    position = 0
-    while position < len(data):
-        found = scan(data, None, position)
-        records += [record for record in found.records if least <= record.offset < below]
-        if not found.fault:
-            break
-        least = records[-1].offset + 1 if records else least
-        position = _next_whole(data, found.end + 1, least)
-    return records
-
-
-def _next_whole(data: bytes, position: int, least: int) -> int:
-    while position <= len(data) - OVERHEAD:
-        length, crc = FRAME.unpack_from(data, position)
-        if HEADER.size <= length <= min(MAX_RECORD, len(data) - position - FRAME.size):
-            inner = data[position + FRAME.size : position + FRAME.size + length]
-            if HEADER.unpack_from(inner)[0] >= least and crc32c(inner) == crc:
-                return position
-        position += 1
-    return len(data)

@@ -34,7 +34,8 @@ from gateway.spool import Spool
 TIMEOUT_S = 2.0
 MOST_TIMEOUT_S = 8.0  # low, because an event may wait for it; 64 repeats in 8 s are nothing to the line
 HANDED_OVER = len(Lane) * WINDOW_MESSAGES  # most messages that a transport is given at a time
-ORDER = (Lane.EVENT, Lane.TELEMETRY)
+ORDER = (Lane.EVENT, Lane.TELEMETRY, Lane.BLOB)
+BLOB_MESSAGES = 2  # under way of the blob lane: an event that comes up waits for at most 128 KiB of pictures
 
 
 class _Flow:
@@ -154,7 +155,7 @@ class Uplink:
             room = HANDED_OVER - unsent - len(messages)
             messages += [(self._topics[lane], payload) for payload in self._lane(lane, room, now_ms, mono_s)]
             if flow.under_way and flow.next < self.spool.next_seq(lane):
-                break  # what is said of an event must not be told beside older events
+                break  # what is said of an event must not be told beside older events; and pictures wait for all
         return messages
 
     def _time_out(self, flow: _Flow, mono_s: float) -> None:
@@ -168,7 +169,8 @@ class Uplink:
             return self._question(lane, flow, room, now_ms, mono_s)
         if lane in self._unproven:
             return []
-        most = min(room, WINDOW_MESSAGES - len(flow.under_way))
+        window = BLOB_MESSAGES if lane is Lane.BLOB else WINDOW_MESSAGES
+        most = min(room, window - len(flow.under_way))
         if self._unproven:
             most = min(most, flow.sent + 1 - flow.next)  # only what may be in the log already, until it is settled
         messages = self.spool.read(lane, flow.next, most, WINDOW_BYTES - flow.bytes - most * HEAD.size)

@@ -20,23 +20,10 @@ import msgspec
 from citybrain.config import Duration, Lines, convert, parse_yaml
 from citybrain.errors import ConfigError
 from citybrain.model import Cell, Device, Gateway, Place, Reading, Registry, Unit
-from citybrain.units import METRICS
+from citybrain.units import CONVERSIONS, METRICS
 
 WARNINGS = 50  # kept word for word; all are counted
 FILE = "{file}"  # in a device's id: the name of the file that is replayed
-
-# What a column may be in, and how it becomes the metric's canonical unit: value * scale + offset.
-CONVERSIONS: dict[str, tuple[str, float, float]] = {
-    "bar": ("MPa", 0.1, 0.0),
-    "kPa": ("MPa", 0.001, 0.0),
-    "psi": ("MPa", 0.006894757293168361, 0.0),
-    "L/min": ("L/s", 1 / 60, 0.0),
-    "m3/h": ("L/s", 1 / 3.6, 0.0),
-    "mA": ("A", 0.001, 0.0),
-    "mV": ("V", 0.001, 0.0),
-    "m/s2": ("g", 1 / 9.80665, 0.0),
-    "°F": ("°C", 5 / 9, -160 / 9),
-}
 
 
 class Time(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from citybrain.clock import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
-from citybrain.model import Device, Lane
+from citybrain.model import READING_LANES, Device, Lane
 from simulators.causes import LOCAL_MS, Cause, is_battery, report_ms
 from simulators.columns import MISSED, Columns, Event, by_luck, from_events, grid, only
 from simulators.district import District
@@ -121,7 +121,7 @@ class Hydrants:
     def __init__(self, district: District, devices: Sequence[Device]) -> None:
         self.names = tuple(device.id for device in devices)
         self.index = {name: number for number, name in enumerate(self.names)}
-        self.spoken = tuple(_spoken(devices, lane) for lane in Lane)
+        self.spoken = tuple(_spoken(devices, lane) for lane in READING_LANES)
         self._district = district
         own = keys(district.seed, self.names)
         zone = keys(district.seed, [device.zone for device in devices])

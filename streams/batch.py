@@ -96,7 +96,7 @@ def unfold(data: U8, sizes: I64, gateways: int, frames: Frames, observed: U8, va
                 n |= np.int64(data[at + 32 + b]) << (8 * b)
             lane = data[at + 4]
             frames.gateway[f], frames.telemetry[f] = gateway, lane == 0
-            if size == 40 + 20 * n and lane <= 1 and gateway < gateways:
+            if size == 40 + 20 * n and lane <= 2 and gateway < gateways:
                 frames.kept[f] = 1
                 body = at + 40
                 observed[8 * k : 8 * (k + n)] = data[body : body + 8 * n]

@@ -35,6 +35,7 @@ class GatewayStatus(msgspec.Struct, frozen=True):
     online: bool
     at: int
     serial: str = ""
+    spool: str = ""  # what its spool found damaged when it started
 
 
 class Ingest:
@@ -62,6 +63,7 @@ class Ingest:
         self.counters = counters
         self.complete = True  # whether the last commit stored everything
         self.gateways: dict[str, GatewayStatus] = {}
+        self.births: set[str] = set()  # gateways that connected since whoever reads this cleared it
         self._complaints = Complaints(counters)
         self._registries: dict[str, Decoder] = {}
         self._logs = logs or SegmentStore(layout, files, segment_bytes)
@@ -98,7 +100,7 @@ class Ingest:
         return known
 
     def message(self, topic: str, payload: bytes, now_ms: int) -> None:
-        """Take one MQTT message (`cb/v1/{shard}/{gateway}/{telemetry|event|status}`), received at `now_ms`.
+        """Take one MQTT message (`cb/v1/{shard}/{gateway}/{telemetry|event|blob|status}`), received at `now_ms`.
 
         Nothing that comes from outside raises: it is counted under a reason, and said.
         """
@@ -136,9 +138,15 @@ class Ingest:
         if last is not None and status.serial == last.serial and status.connection < last.connection:
             self.counters.drop("stale_status")
             return
+        if status.online and last is not None and last.serial not in ("", status.serial):
+            self.counters.add("boards_total")
+            what = "it was replaced, or its card was cloned: two that take turns are a clone (docs/security.md)"
+            self.counters.warn(f"gateway {gateway}: board {status.serial!r}, before it {last.serial!r}: {what}")
         self.counters.add("status_total")
-        self.gateways[gateway] = GatewayStatus(status.connection, status.online, status.at, status.serial)
+        self.gateways[gateway] = GatewayStatus(status.connection, status.online, status.at, status.serial, status.spool)
         self.counters.details["gateways"] = self.gateways
+        if status.online:
+            self.births.add(gateway)
 
     def _rubbish(self, topic: str, payload: bytes, now_ms: int, fault: WireError) -> None:
         """Count a message that is none; if its header can be read take its number, or it blocks its lane for ever."""

@@ -22,6 +22,7 @@ from citybrain.storage import OS_FILES, Files
 from streams.complaints import Complaints
 from streams.cursors import Cursor, Cursors, Lanes, Saved, Verdict, decode_saved, encode_saved
 from streams.decode import FUTURE, Decoded, Decoder, culprit, decode_readings
+from streams.evidence import EvidenceStore
 from streams.log import Control, FrameHead, Kind, Tick, decode_control, frame_head, pack_frame
 from streams.logs import LogStore, records
 from streams.quarantine import Held, Quarantine
@@ -64,6 +65,9 @@ class Intake:
         self.ruleset = ""
         self.cursors = Cursors()
         self.quarantine = Quarantine(layout.quarantine / str(shard), files)
+        self._evidence = EvidenceStore(layout.evidence, files)
+        self._completed: set[str] = set()  # blobs that the log says are complete, since its last snapshot of cursors
+        self._completing: set[str] = set()
         self._layout = layout
         self._counters = counters
         self._load = load
@@ -155,12 +159,15 @@ class Intake:
             self.ruleset, self._adopted = saved.ruleset, dict(saved.adopted)
             self._snapshots = [control.content, *saved.previous]
             replayed.clear()
+            self._completed.clear()
         elif control.what == "registry":
             self.decoder = self._load(control.content)
         elif control.what == "ruleset":
             self.ruleset = control.content
         elif control.what == "fault":
             self.cursors.faulted.add((control.subject, control.epoch))
+        elif control.what == "evidence":
+            self._completed.add(control.content)
 
     def _recover_frame(self, record: Record, replayed: set[int]) -> None:
         head = frame_head(record.payload)
@@ -196,16 +203,21 @@ class Intake:
         if header.seq != cursor.expected:
             self._answer(route, cursor, message, now_ms, fault)
             return
-        self._answers[id(cursor)] = (route, header.epoch, cursor)
         decoded = NOTHING
         if fault is None and self.decoder is not None:
             try:
-                decoded = self.decoder.decode(message, route.number, route.lane, now_ms)
-                self._count(decoded)
-                if decoded.dropped or decoded.clamped:
-                    self._tell(route, message, decoded, now_ms)
+                decoded = (
+                    self._evidenced(route, message, now_ms)
+                    if route.lane is Lane.BLOB
+                    else self._decoded(self.decoder, route, message, now_ms)
+                )
             except WireError as error:
                 fault = error
+            except DiskFull as error:  # not taken, and not answered: it comes again
+                self._counters.add("errors_total", stage="evidence")
+                self._counters.warn(str(error))
+                return
+        self._answers[id(cursor)] = (route, header.epoch, cursor)
         if fault is not None:
             self._refuse(route, header, fault)
         if decoded.unknown:
@@ -216,6 +228,29 @@ class Intake:
         )
         self._append(head, decoded, now_ms)
         cursor.take(header.seq, message.checksum, now_ms)
+
+    def _decoded(self, decoder: Decoder, route: Route, message: wire.Message, now_ms: int) -> Decoded:
+        decoded = decoder.decode(message, route.number, route.lane, now_ms)
+        self._count(decoded)
+        if decoded.dropped or decoded.clamped:
+            self._tell(route, message, decoded, now_ms)
+        return decoded
+
+    def _evidenced(self, route: Route, message: wire.Message, now_ms: int) -> Decoded:
+        """Make a chunk durable; a blob that is complete with it stands in the log before the chunk's own record does.
+
+        So a log that ends between the two has the chunk come again, and the blob in `_completed`.
+        """
+        chunk = wire.open_chunk(message)
+        complete = self._evidence.put(route.gateway, chunk, now_ms)
+        self._counts["accepted_total"] += 1
+        if complete and chunk.sha256 not in self._completed | self._completing:
+            self._completing.add(chunk.sha256)
+            self._counts["evidence_total"] += 1
+            reason = "unmasked" if chunk.unmasked else ""
+            control = Control("evidence", now_ms, "ingest", chunk.sha256, route.gateway, reason=reason)
+            self._writer.append(Kind.CONTROL, now_ms, msgspec.json.encode(control))
+        return NOTHING
 
     def _append(self, head: FrameHead, decoded: Decoded, now_ms: int) -> None:
         payload = pack_frame(head, decoded.observed_at, decoded.value, decoded.series)
@@ -343,6 +378,8 @@ class Intake:
         self.quarantine.settle()
         self._adopted.update(self._adopting)
         self._adopting.clear()
+        self._completed |= self._completing
+        self._completing.clear()
         self._settled = (self.decoder, self.ruleset)
         self._counters.values.update(+self._counts)
         self._counts.clear()
@@ -355,6 +392,7 @@ class Intake:
         self.quarantine.discard()
         self.cursors.revert()
         self._adopting.clear()
+        self._completing.clear()
         self.decoder, self.ruleset = self._settled
         self._counters.add("unstored_total", self._counts["accepted_total"])
         self._counts.clear()
@@ -391,6 +429,7 @@ class Intake:
         for old in set(self._snapshots) - {name, *kept}:
             self._logs.forget(old)
         self._snapshots = [name, *kept]
+        self._completed.clear()
         self._snapshot_segment = self._writer.segment
 
     def close(self) -> None:

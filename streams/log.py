@@ -84,7 +84,8 @@ class Control(msgspec.Struct, frozen=True):
 
     what: `registry` | `ruleset` (content), `override` (subject, rule or "*", from_ms, until_ms), `cursors` (content:
     what ingest expects next, so that recovery reads one segment), `fault` (subject, rule, epoch: what ingest itself
-    noticed about a gateway).
+    noticed about a gateway), `evidence` (content: SHA-256 of a blob that is complete in DATA/evidence, subject: its
+    gateway, reason: `unmasked` where it is).
     """
 
     what: str

@@ -217,3 +217,21 @@ def test_a_heartbeat(tmp_path: Path, ballast: Ballast) -> None:
     ballast.drop()
     counters.publish(force=True)
     assert read_heartbeats(tmp_path)[0].counters["received_total"] == 4
+
+
+def test_a_spool_that_starts_after_a_kill(tmp_path: Path, ballast: Ballast) -> None:
+    """There is no room even for the torn end that the kill left: it starts, and what was committed is there."""
+    spool = Spool(tmp_path / "spool", "board")
+    spool.start()
+    for number in range(1, 4):
+        write(spool, number)
+    (segment,) = (tmp_path / "spool" / "telemetry").glob("*.seg")
+    with segment.open("ab") as file:
+        file.write(b"\x40\0\0\0half a record")
+    ballast.load()
+    again = Spool(tmp_path / "spool", "board")
+    again.start()
+    assert [seq for seq, _ in again.read(Lane.TELEMETRY, 1, 10, 1 << 20)] == [1, 2, 3]
+    assert "not kept: no space left" in again.fault
+    assert again.epoch == spool.epoch
+    again.close()

@@ -175,4 +175,4 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         program, capture_output=True, text=True, timeout=90, check=False, cwd=Path(__file__).parents[1]
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "8 passed" in done.stdout
+    assert "9 passed" in done.stdout

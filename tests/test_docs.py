@@ -12,7 +12,8 @@ import pytest
 
 from citybrain import cli, errors
 from citybrain.layout import Layout, Run
-from simulators.mapping import CONVERSIONS, Mapping
+from citybrain.units import CONVERSIONS
+from simulators.mapping import Mapping
 from streams.runtimes.embedded import DEFAULTS, PORTS
 
 ROOT = Path(__file__).parents[1]

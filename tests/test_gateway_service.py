@@ -24,6 +24,7 @@ from citybrain.wire import (
     encode_json,
     open_message,
     parse_topic,
+    readings_of,
     topic,
 )
 from gateway.service import Broker, GatewayService, poll_all
@@ -44,6 +45,7 @@ class Answering:
     def __init__(self, port: int, *, answer: bool = True) -> None:
         self.statuses: list[tuple[str, Status]] = []
         self.received: list[tuple[str, Lane, int]] = []
+        self.readings: list[Reading] = []  # of what was taken, in its order
         self.ingest: dict[tuple[str, Lane], model.Ingest] = {}
         self.answer = answer
         self._subscribed = threading.Event()
@@ -69,6 +71,8 @@ class Answering:
             return
         sent = model.Sent(head.epoch, head.seq, head.floor, str(message.checksum))
         ingest, answer = model.take(self.ingest.get((gateway, lane), model.Ingest()), sent)
+        if len(ingest.log) > len(self.ingest.get((gateway, lane), model.Ingest()).log) and lane is not Lane.BLOB:
+            self.readings += readings_of(message)
         self.ingest[gateway, lane] = ingest
         if answer is not None:
             ack = encode_json(Ack(channel, answer.epoch, answer.seq))

@@ -165,7 +165,7 @@ def test_compact_status_and_verify(layout: Layout) -> None:
     assert json.loads(out)["values_total"] == len(rows_of_log(layout, log.records))
     code, out, _ = run(layout, "status", "--json")
     status = json.loads(out)
-    assert status["retention"] == {"log": "7d", "parquet": "730d", "backtest": "90d"}
+    assert status["retention"] == {"log": "7d", "parquet": "730d", "backtest": "90d", "evidence": "30d"}
     shard = status["shards"]["0"]
     assert (shard["next"], shard["behind"], shard["damaged"]) == (len(log.records), 0, [])
     assert (shard["log_needed_from"], shard["log_needed_by"]) == (0, "engine snapshot")

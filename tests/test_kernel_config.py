@@ -32,6 +32,24 @@ limits:
 """
 
 
+class Book(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    sheets: dict[str, dict[str, Sheet]]
+
+
+def test_an_error_inside_mappings_names_their_keys() -> None:
+    text = (
+        "sheets:\n  a:\n    x.1: {name: one}\n    y: {name: two}\n"
+        "  b:\n    z:\n      name: three\n      limits:\n        - {above: 1}\n        - {above: high}\n"
+    )
+    value, lines = parse_yaml(text, "book.yaml")
+    with pytest.raises(
+        ConfigError, match=r"book\.yaml:10 sheets\.b\.z\.limits\[1\]\.above: Expected `float`, got `str`"
+    ):
+        convert(value, Book, lines)
+    assert list(value["sheets"]) == ["a", "b"]
+    assert list(value["sheets"]["a"]) == ["x.1", "y"]
+
+
 def read(text: str) -> Sheet:
     value, lines = parse_yaml(text, "sheet.yaml")
     return convert(value, Sheet, lines)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import simulators.mapping
 from citybrain import cli
 from citybrain.errors import ConfigError
-from citybrain.units import METRICS
-from simulators.mapping import CONVERSIONS, CsvReader, Source, load_mapping, parse_time, registry_of, sources_of
+from citybrain.units import CONVERSIONS, METRICS
+from simulators.mapping import CsvReader, Source, load_mapping, parse_time, registry_of, sources_of
 
 MAPPINGS = Path(simulators.mapping.__file__).parent / "mappings"
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,7 @@ from hypothesis import strategies as st
 from citybrain.errors import DiskFull, StorageError
 from citybrain.model import Lane, Reading
 from citybrain.segments import OVERHEAD, Record, pack, segment_name, segments
-from citybrain.storage import OS_FILES, Files
+from citybrain.storage import OS_FILES, Files, OsFiles
 from citybrain.wire import (
     HEAD,
     MAX_MESSAGE,
@@ -25,10 +30,12 @@ from citybrain.wire import (
     readings_of,
 )
 from edge.agent import Agent
-from gateway.spool import LIMIT_BYTES, MAX_BODY, SEGMENT_BYTES, Spool, seeded_epochs, whole_records
+from gateway.pace import Paced
+from gateway.spool import LIMIT_BYTES, MAX_BODY, SEGMENT_BYTES, Spool, seeded_epochs
+from gateway.store import whole_records
 from tests.faulty_files import LossyFiles
 
-T, E = Lane.TELEMETRY, Lane.EVENT
+T, E, B = Lane
 FOLDER = Path("/disk/spool")
 
 
@@ -111,7 +118,7 @@ def test_an_all_acknowledged_spool_never_gives_a_seq_twice(tmp_path: Path) -> No
     assert len(segments(OS_FILES, tmp_path / "telemetry")) == 1
     again = opened(tmp_path, segment_bytes=300)
     assert (again.floor(T), again.next_seq(T), again.epoch) == (30, 30, spool.epoch)
-    assert again.resumed == {T: 29, E: 0}
+    assert again.resumed == {T: 29, E: 0, B: 0}
     assert again.body(T, 29) is not None
 
 
@@ -130,7 +137,7 @@ def test_acknowledging_drops_whole_segments_and_ignores_what_it_never_had(tmp_pa
 def test_old_messages_come_back_from_disk_when_memory_has_let_them_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.spool.RECENT_BYTES", 400)
+    monkeypatch.setattr("gateway.store.RECENT_BYTES", 400)
     spool = opened(tmp_path, segment_bytes=1000)
     for number in range(1, 60):  # reads between writes, so that the open segment is read piece by piece
         fill(spool, range(number, number + 1))
@@ -179,7 +186,7 @@ def test_another_board_begins_a_new_epoch_and_keeps_what_is_unsent(tmp_path: Pat
     assert 0 < clone.epoch <= MAX_SEQ
     assert clone.floor(T) == 3
     assert content(clone) == {3: 3.0, 4: 4.0, 5: 5.0}
-    assert clone.resumed == {T: 0, E: 0}
+    assert clone.resumed == dict.fromkeys(Lane, 0)
     assert clone.counters.values["epochs_total{reason=other_board}"] == 1
     assert opened(tmp_path, "B").epoch == clone.epoch
 
@@ -457,3 +464,196 @@ def test_the_agent_batches_telemetry_and_passes_events_at_once(tmp_path: Path) -
     agent.step(1003)
     agent.flush(1003)
     assert spool.next_seq(T) == 6
+
+
+# --- three lanes, ages, and what cannot be recovered ---
+
+
+def test_pictures_are_evicted_before_telemetry_before_events(tmp_path: Path) -> None:
+    spool = opened(tmp_path, segment_bytes=300)
+    fill(spool, range(1, 30))
+    fill(spool, range(1, 30), E)
+    for number in range(1, 30):
+        spool.put_blob(b"picture %d" % number, number)
+        spool.commit()
+    gone: list[Lane] = []
+    while spool.spooled():
+        before = {lane: spool.floor(lane) for lane in Lane}
+        spool.limit_bytes = spool._bytes - 1
+        spool.commit()
+        gone += [lane for lane in Lane if spool.floor(lane) > before[lane]]
+    assert list(dict.fromkeys(gone)) == [B, T, E]
+    assert [spool.counters.values[f"evicted_total{{lane={lane.topic}}}"] for lane in Lane] == [29, 29, 29]
+    assert spool.counters.values["lost_total{reason=evicted}"] == 87
+
+
+def test_what_is_too_old_goes_in_whole_segments_and_the_floor_says_so(tmp_path: Path) -> None:
+    day = 86_400_000
+    now = 1_767_225_600_000
+    spool = opened(tmp_path, segment_bytes=300)
+    for number in range(1, 41):
+        spool.append(T, [reading(number)], now + number * day)
+        spool.commit()
+    spool.expire(now + 40 * day)
+    floor = spool.floor(T)
+    assert 5 < floor <= 11, "nothing younger than 30 days went, and nearly all that is older"
+    assert spool.counters.values["lost_total{reason=aged}"] == floor - 1
+    assert spool.counters.values["evicted_total{lane=telemetry}"] == floor - 1
+    again = opened(tmp_path, segment_bytes=300)
+    again.expire(now + 200 * day)
+    assert again.spooled() == 0, "also what an earlier process wrote, to the last segment"
+    assert again.next_seq(T) == 41
+    again.expire(now + 400 * day)
+    fill(again, range(41, 42))
+    assert content(again) == {41: 41.0}, "what was spooled before the clock was set has no age"
+    again.expire(now + 400 * day)
+    assert again.spooled() == 1
+
+
+def test_a_lane_that_an_older_program_did_not_have_is_new_and_not_gone(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    fill(spool, range(1, 6))
+    meta = f'{{"serial":"A","epoch":{spool.epoch},"connection":3,"v":1}}'
+    (tmp_path / "meta.json").write_text(meta)
+    for path in (tmp_path / "blob").iterdir():
+        path.unlink()
+    (tmp_path / "blob").rmdir()
+    again = opened(tmp_path)
+    assert again.epoch == spool.epoch
+    again.put_blob(b"x", 1)
+    again.next_connection(9)
+    again.commit()
+    for path in (tmp_path / "blob").iterdir():
+        path.unlink()
+    assert opened(tmp_path).epoch != spool.epoch, "from now on it is one that can be gone"
+
+
+class BadBlocks(OsFiles):
+    """A card on which some files cannot be read."""
+
+    def __init__(self, bad: str) -> None:
+        self.bad = bad
+
+    def read(self, path: Path, start: int = 0, size: int = -1) -> bytes:
+        if self.bad and self.bad in str(path):
+            raise StorageError(f"{path}: Input/output error")
+        return super().read(path, start, size)
+
+
+def test_a_lane_that_cannot_be_recovered_is_set_aside_and_the_others_go_on(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    fill(spool, range(1, 6))
+    fill(spool, range(1, 4), E)
+    again = opened(tmp_path, files=BadBlocks("telemetry/0"))
+    assert again.epoch != spool.epoch
+    assert again.counters.values["errors_total{stage=recovery}"] == 1
+    assert "Input/output error" in again.fault
+    assert ".damaged-" in again.fault
+    assert content(again, E) == {1: 1.0, 2: 2.0, 3: 3.0}
+    (aside,) = tmp_path.glob("telemetry.damaged-*")
+    assert segments(OS_FILES, aside) == [1]
+    again._files = OS_FILES
+    later = opened(tmp_path)
+    fill(later, range(1, 3))
+    assert (content(later), later.fault, later.epoch) == ({1: 1.0, 2: 2.0}, "", again.epoch)
+
+
+def test_a_lane_that_is_a_file_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "event").write_text("what is this?")
+    spool = opened(tmp_path)
+    fill(spool, range(1, 3), E)
+    assert content(spool, E) == {1: 1.0, 2: 2.0}
+    assert spool.counters.values["errors_total{stage=recovery}"] == 1
+
+
+def test_foreign_files_in_a_lane_are_left_alone(tmp_path: Path) -> None:
+    fill(opened(tmp_path), range(1, 3))
+    (tmp_path / "telemetry" / "notes.seg").write_text("mine")
+    spool = opened(tmp_path)
+    assert content(spool) == {1: 1.0, 2: 2.0}
+    assert spool.fault == ""
+
+
+def test_a_segment_that_cannot_be_read_is_given_up_and_what_is_behind_it_is_sent(tmp_path: Path) -> None:
+    spool = opened(tmp_path, segment_bytes=300)
+    fill(spool, range(1, 30))
+    first, second, third = segments(OS_FILES, tmp_path / "telemetry")[:3]
+    again = opened(tmp_path, files=BadBlocks(segment_name(second)), segment_bytes=300)
+    assert list(content(again)) == list(range(first, second))
+    again.acknowledged(T, second - 1)
+    assert min(content(again)) == third
+    assert again.counters.values["lost_total{reason=damaged}"] == third - second
+    assert again.counters.values["errors_total{stage=read}"] >= 1
+
+
+def test_telemetry_is_synced_together_and_events_at_once(tmp_path: Path) -> None:
+    now = [0.0]
+    spool = opened(tmp_path)
+    paced = Paced(spool, lambda: now[0], 10.0)
+    for _ in range(3):
+        paced.append(T, [reading(1)], 5)
+        paced.commit()
+        now[0] += 4.0
+    assert spool.next_seq(T) == 1
+    paced.append(E, [reading(2)], 5)
+    paced.commit()
+    assert (spool.next_seq(T), spool.next_seq(E)) == (4, 2), "ten seconds are over"
+    paced.append(T, [reading(1)], 5)
+    paced.append(E, [reading(2)], 5)
+    spool.put_blob(b"x", 5)
+    paced.commit()
+    assert (spool.next_seq(T), spool.next_seq(E), spool.next_seq(B)) == (4, 3, 2)
+    paced.flush()
+    assert spool.next_seq(T) == 5
+
+
+READ_ONLY = """
+import sys
+import time
+from pathlib import Path
+from citybrain.errors import StorageError
+from gateway.spool import Spool
+
+try:
+    Spool(Path(sys.argv[1]), "A").start()
+except StorageError as error:
+    print(error.exit_code, error)
+"""
+
+
+def test_a_card_that_became_read_only_is_said_and_nothing_is_set_aside(tmp_path: Path) -> None:
+    """It is really mounted so, in a name space of its own."""
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-Urm", "true"], capture_output=True, check=False).returncode:
+        if os.environ.get("CI") == "true":
+            pytest.fail("this machine lets nobody mount a disk of his own")
+        pytest.skip("this machine lets nobody mount a disk of his own")
+    script = (
+        'mount -t tmpfs -o size=3m tmpfs "$1" && "$2" -c "$3" "$1/spool" && mount -o remount,ro "$1" &&'
+        ' "$2" -c "$3" "$1/spool" && ls "$1/spool"'
+    )
+    done = subprocess.run(
+        [unshare, "-Urm", "sh", "-c", script, "sh", tmp_path, sys.executable, READ_ONLY],
+        capture_output=True, text=True, check=True, timeout=60, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    said, *names = done.stdout.splitlines()
+    assert said.startswith("5 ")
+    assert "Read-only file system" in said
+    assert names == ["blob", "event", "meta.json", "telemetry"]
+
+
+def test_a_million_messages_open_at_once(tmp_path: Path) -> None:
+    """Only the last segment, and the one with the first open message, are read; `benchmarks.spool` has the figure."""
+    spool = opened(tmp_path)
+    for number in range(1, 1_000_001):
+        spool.append_body(T, b"12345678", 1, number)
+        if number % 10_000 == 0:
+            spool.commit()
+    spool.close()
+    before_s = time.process_time()
+    again = opened(tmp_path)
+    took_s = time.process_time() - before_s
+    assert again.spooled() == 1_000_000
+    assert again.asks[T] == 1
+    assert again.body(T, 777_777) == b"12345678"
+    assert took_s < 1.0, "a Pi is five times slower, and this took 0.05 s"

@@ -21,7 +21,8 @@ from api import vitals as vitals_of
 from api.disk import Disk, DiskWatch
 from api.health import Late, Reason, Stage, Vitals, judge, level_of
 from api.site import not_live, of_this_run
-from api.status import KEYS, language, lines, verdict
+from api.status import KEYS, lines, verdict
+from citybrain.cli import language
 from citybrain.clock import RunClock
 from citybrain.counters import BOUNDS_S, Counters, Delays, Heartbeat, percentile, read_heartbeats
 from citybrain.layout import Layout
@@ -379,7 +380,7 @@ def test_every_counter_is_documented() -> None:
     root = Path(__file__).parents[1]
     pages = "\n".join(page.read_text(encoding="utf-8") for page in (root / "docs").glob("*.md"))
     found: set[str] = set()
-    for package in ("api", "streams", "gateway", "citybrain", "simulators"):
+    for package in ("api", "streams", "edge", "gateway", "citybrain", "simulators"):
         for source in (root / package).rglob("*.py"):
             text = source.read_text(encoding="utf-8")
             found |= set(re.findall(r'\b(?:add|delayed)\(\s*"([a-z_]+_total)"', text))

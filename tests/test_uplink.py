@@ -167,7 +167,7 @@ def test_a_reconnect_sends_everything_unacknowledged_at_once() -> None:
     ("where", "payload", "reason"),
     [
         (ACK, b"{", "ack_malformed"),
-        (ACK, b'{"lane":"blob","epoch":1,"seq":1}', "ack_malformed"),
+        (ACK, b'{"lane":"video","epoch":1,"seq":1}', "ack_malformed"),
         (ACK, b'{"lane":"telemetry","epoch":1,"seq":-1}', "ack_malformed"),
         (ACK, b'{"lane":"telemetry","epoch":1,"seq":1}', "ack_epoch"),
         ("cb/v1/3/gw-2/ack", b"", "ack_topic"),

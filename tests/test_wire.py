@@ -169,7 +169,7 @@ def test_topics_go_both_ways() -> None:
 
 
 @pytest.mark.parametrize(
-    "payload", [b"", b"{}", b'{"lane":"blob","epoch":1,"seq":1}', b'{"lane":"event","epoch":1,"seq":-1}']
+    "payload", [b"", b"{}", b'{"lane":"video","epoch":1,"seq":1}', b'{"lane":"event","epoch":1,"seq":-1}']
 )
 def test_a_wrong_ack_is_refused(payload: bytes) -> None:
     with pytest.raises(WireError, match="ack"):

@@ -15,19 +15,20 @@ from sqlalchemy import Connection, select
 
 from api.assets import views
 from api.assets.book import Book
-from api.assets.changes import asset_of, encode_changes
+from api.assets.changes import asset_of, encode_changes, near
 from api.assets.findings import errors, report
 from api.assets.importing import Result, read_import, sources_of
 from citybrain.cli import Subcommand, emit
 from citybrain.clock import from_iso, iso, monotonic_s, wait_s
 from citybrain.config import duration_ms
 from citybrain.counters import read_heartbeats
-from citybrain.db.schema import commands
+from citybrain.db.schema import commands, orders
 from citybrain.db.store import open_store, refusals
-from citybrain.errors import EXIT_CONFIG, EXIT_FAILED, UsageError
+from citybrain.errors import EXIT_CONFIG, EXIT_FAILED, NotFound, UsageError
 from citybrain.i18n import text
-from citybrain.layout import Layout, Run
+from citybrain.layout import Layout, Run, blob_name
 from citybrain.mailbox import Command, Mailbox
+from citybrain.orders import WHATS
 from citybrain.storage import OS_FILES
 
 POLL_S = 0.05
@@ -63,12 +64,28 @@ class Desk:
 
     def tell(self, kind: str, body: dict[str, Any]) -> int:
         """Hand the desk a command, wait for what it says, print that; return the exit code."""
+        told = self.told(kind, body)
+        emit(told, as_json=self.args.json)
+        return EXIT_FAILED if told["state"] == "refused" else 0
+
+    def told(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Hand the desk a command, and return what it says."""
         made = Command(secrets.token_hex(12), kind, self.args.actor, self.now_ms, body, self.args.reason)
         self.layout.make()
         Mailbox(self.layout.mailbox("desk")).put(made)
         result, message = self._decided(made.id)
-        emit({"command": made.id, "state": result, "message": message}, as_json=self.args.json)
-        return EXIT_FAILED if result == "refused" else 0
+        return {"command": made.id, "state": result, "message": message}
+
+    def answer(self, order: str) -> dict[str, Any]:
+        """Wait for a gateway's answer to an order; return its state and words."""
+        until_s = monotonic_s() + self.args.wait
+        while True:
+            with self.database() as connection:
+                query = select(orders.c.state, orders.c.answer).where(orders.c.command == order)
+                row = connection.execute(query).first() if connection is not None else None
+            if row is not None and (row.state != "asked" or monotonic_s() >= until_s):
+                return {"state": row.state, "answer": row.answer}
+            wait_s(POLL_S)
 
     def _decided(self, id: str) -> tuple[str, str]:
         live = any(beat.process == "desk" for beat in read_heartbeats(self.layout.run))
@@ -139,8 +156,59 @@ def _adopt(desk: Desk) -> int:
     return desk.tell("asset_adopt", body)
 
 
+def _enrol_code(desk: Desk) -> int:
+    """Make a one-time code for a gateway of the ledger. The authority's journal has it, not the desk."""
+    from api import enrolment  # noqa: PLC0415  no other action needs keys
+    from api.pki.ca import Authority  # noqa: PLC0415
+
+    args, book = desk.args, desk.book()
+    if args.gateway not in book.gateways:
+        raise NotFound(f"gateway {args.gateway!r}: not in the ledger; there are {near(book.gateways)}")
+    try:
+        ttl_ms = duration_ms(args.ttl)
+    except ValueError as error:
+        raise UsageError(f"--ttl: {error}") from None
+    made = enrolment.invite(Authority(desk.layout), args.gateway, ttl_ms, args.actor, args.reason)
+    if args.qr:
+        sys.stdout.write(enrolment.draw(made.text, args.qr))
+    told = {"gateway": made.gateway, "code": made.code, "until": iso(made.until_ms), "url": made.url}
+    emit({**told, "fingerprint": made.fingerprint, "qr": made.text}, as_json=args.json)
+    return 0
+
+
 def _replace(desk: Desk) -> int:
     return desk.tell("asset_replace", {"asset": desk.args.asset, "sensor": desk.args.sensor})
+
+
+def _order(desk: Desk) -> int:
+    """Have an order sent to a gateway, and wait for what it answers."""
+    args = desk.args
+    body = parse_body(args.body)
+    if args.config is not None:
+        config = read_text(args.config)
+        body |= {"config": config, "sha256": blob_name(config.encode())}
+    until = moment(args.until, desk.now_ms, "--until")
+    made = desk.told("gateway_order", {"gateway": args.gateway, "what": args.what, "until": until, "body": body})
+    if made["state"] == "applied":
+        made |= desk.answer(made["command"])
+    emit(made, as_json=args.json)
+    return EXIT_FAILED if made["state"] in ("refused", "failed") else 0
+
+
+def parse_body(text: str) -> dict[str, Any]:
+    """Return the JSON object an order's body is; raises UsageError."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise UsageError(f'--body: expected a JSON object such as {{"device": "hyd-1"}}: {error}') from None
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text; raises UsageError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
 
 
 def _mover(kind: str) -> Callable[[Desk], int]:
@@ -266,12 +334,14 @@ ACTIONS: dict[str, Callable[[Desk], int]] = {
     "quarantine": _quarantine,
     "adopt": _adopt,
     "replace": _replace,
+    "enrol-code": _enrol_code,
     "commission": _mover("commission"),
     "activate": _mover("activate"),
     "retire": _mover("retire"),
     "permit": _register("use"),
     "maintenance": _register("maintenance"),
     "registers": _registers,
+    "order": _order,
     "cancel": _cancel,
 }
 CHANGING = frozenset(ACTIONS) - {"list", "show", "history", "quarantine", "registers"}
@@ -289,6 +359,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
             one.add_argument("--wait", type=float, default=30.0, metavar="S", help="how long to wait for the desk")
     _import_arguments(made["import"])
     _adopt_arguments(made["adopt"])
+    made["enrol-code"].add_argument("gateway", help="its id in the ledger")
+    made["enrol-code"].add_argument("--ttl", default="7d", help="how long the code is valid, such as 7d")
+    made["enrol-code"].add_argument("--qr", default="", metavar="FILE", help=".svg, .png, or `terminal`")
     made["replace"].add_argument("asset")
     made["replace"].add_argument("sensor", metavar="wire_id")
     for name in ("show", "history", "commission", "activate", "retire"):
@@ -300,6 +373,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         made[name].add_argument("--from", dest="from_", default="now", metavar="TIME", help="now, +2h, or ISO 8601")
         made[name].add_argument("--until", required=True, metavar="TIME", help="+2h after --from, or ISO 8601")
     made["maintenance"].add_argument("--also-life", action="store_true", help="silence life-safety rules too")
+    made["order"].add_argument("gateway")
+    made["order"].add_argument("what", choices=WHATS)
+    made["order"].add_argument("--body", default="{}", metavar="JSON", help="what the order takes (docs/gateway.md)")
+    made["order"].add_argument("--config", type=Path, metavar="FILE", help="the gateway.yaml of `configure`")
+    made["order"].add_argument("--until", default="+10min", metavar="TIME", help="+10min, or ISO 8601")
     made["registers"].add_argument("--all", action="store_true", help="also those that are over")
     made["cancel"].add_argument("register", type=int, metavar="N")
 

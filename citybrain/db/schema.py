@@ -31,6 +31,16 @@ meta = Table(
     Column("value", Text, nullable=False),
 )
 
+lease = Table(
+    "lease",
+    metadata,
+    Column("name", String, primary_key=True),  # desk
+    Column("holder", String, nullable=False),
+    Column("generation", BigInteger, nullable=False),  # one more with every change of the holder
+    Column("until", BigInteger, nullable=False),  # by the database's clock; 0 where a file lock decides (SQLite)
+    comment="who may write: locked and compared in every transaction of a writer",
+)
+
 consumed = Table(
     "consumed",
     metadata,
@@ -87,7 +97,12 @@ alarms = Table(
     ),
     Index("alarms_by_incident", "incident"),
     Index("alarms_by_subject", "subject"),
-    Index("alarms_due", "due_at", sqlite_where=text("due_at IS NOT NULL")),
+    Index(
+        "alarms_due",
+        "due_at",
+        sqlite_where=text("due_at IS NOT NULL"),
+        postgresql_where=text("due_at IS NOT NULL"),
+    ),
 )
 
 incidents = Table(
@@ -110,7 +125,12 @@ incidents = Table(
     Column("confirmed_by", String),
     Column("reason", String, nullable=False, server_default=""),
     Index("open_incidents", "cause", "key", sqlite_where=text("open = 1"), postgresql_where=text("open = 1")),
-    Index("incidents_due", "due_at", sqlite_where=text("due_at IS NOT NULL")),
+    Index(
+        "incidents_due",
+        "due_at",
+        sqlite_where=text("due_at IS NOT NULL"),
+        postgresql_where=text("due_at IS NOT NULL"),
+    ),
 )
 
 cases = Table(
@@ -285,12 +305,30 @@ registers = Table(
     Index("registers_by_subject", "subject"),
 )
 
+orders = Table(
+    "orders",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("command", String, nullable=False, unique=True),  # its id on the wire
+    Column("gateway", String, nullable=False),
+    Column("what", String, nullable=False),
+    Column("body", Text, nullable=False),  # json
+    Column("actor", String, nullable=False),
+    Column("reason", String, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("until", BigInteger, nullable=False),
+    Column("state", String, nullable=False),  # asked | done | failed
+    Column("answer", Text, nullable=False),
+    Column("answered_at", BigInteger),
+    Index("orders_by_gateway", "gateway", "id"),
+)
+
 asked = Table(
     "asked",
     metadata,
     Column("id", Id, primary_key=True),
     Column("at", BigInteger, nullable=False),
-    Column("kind", String, nullable=False),  # registry | override
+    Column("kind", String, nullable=False),  # registry | override | order
     Column("body", Text, nullable=False),  # json
     Column("actor", String, nullable=False),
     Column("reason", String, nullable=False),

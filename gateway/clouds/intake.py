@@ -13,7 +13,7 @@ import msgspec
 
 from citybrain.counters import Counters
 from citybrain.errors import DiskFull, Unavailable
-from citybrain.model import Lane, Reading
+from citybrain.model import READING_LANES, Lane, Reading
 from citybrain.wire import columns_of
 from gateway.clouds.devices import Devices
 from gateway.clouds.mapping import Said, Taken
@@ -67,7 +67,7 @@ class Intake:
         spool.start()
         keys: set[int] = set()
         marks: dict[tuple[str, Lane], int] = {}
-        for lane in Lane:
+        for lane in READING_LANES:
             behind = spool.next_seq(lane)
             for seq in range(min(self.seen.mark(gateway, lane), behind - 1) + 1, behind):
                 keys.update(_keys_in(spool.body(lane, seq)))
@@ -96,7 +96,7 @@ class Intake:
         following = iter(keys)
         for said, gateway in routed:
             new = False
-            for lane in Lane:
+            for lane in READING_LANES:
                 told = zip(said.values[lane].items(), following, strict=False)
                 fresh = {key: one for one, key in told if key not in known}
                 if fresh:

@@ -18,6 +18,7 @@ from citybrain.errors import CityBrainError, ConfigError
 from citybrain.layout import Layout
 from citybrain.segments import Reader, segment_name, segments
 from citybrain.storage import OS_FILES, Files
+from streams.evidence import KEPT_DAYS
 from streams.history.manifest import Manifest, Part
 
 SNAPSHOT = ".snapshot"
@@ -25,14 +26,16 @@ KEPT_SEGMENTS = 2  # ingest's recovery reads the last segment, or the one before
 
 
 class Retention(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How long log segments and Parquet are kept, and how far back a backtest must be possible.
+    """How long log segments, Parquet and pictures are kept, and how far back a backtest must be possible.
 
-    [U] our choice: disputes about a case are settled within a year or two; a backtest wants a season.
+    [U] our choice: disputes about a case are settled within a year or two; a backtest wants a season. `evidence` is
+    the least that is asked of public video (State Council Order 799), and pictures of people are not kept for longer.
     """
 
     log: Duration = Duration(7 * DAY_MS)
     parquet: Duration = Duration(730 * DAY_MS)
     backtest: Duration = Duration(90 * DAY_MS)
+    evidence: Duration = Duration(KEPT_DAYS * DAY_MS)
 
 
 def read_retention(layout: Layout) -> Retention:
@@ -43,7 +46,7 @@ def read_retention(layout: Layout) -> Retention:
     found = load_yaml(path, Retention)
     if found.parquet < found.backtest:
         raise ConfigError(f"{path} parquet", "expected at least as long as `backtest`: it is read from there")
-    for name, kept_ms in (("log", found.log), ("backtest", found.backtest)):
+    for name, kept_ms in (("log", found.log), ("backtest", found.backtest), ("evidence", found.evidence)):
         if kept_ms < DAY_MS:
             raise ConfigError(f"{path} {name}", 'expected at least "1d"')
     return found

@@ -16,13 +16,14 @@ from types import FrameType
 from typing import Any
 
 from citybrain.cli import Subcommand, emit
-from citybrain.clock import Clock, iso, monotonic_s, wait_s
+from citybrain.clock import DAY_MS, Clock, iso, monotonic_s, wait_s
 from citybrain.config import duration_text
 from citybrain.counters import Counters
 from citybrain.errors import Damaged, DiskFull, Unavailable
 from citybrain.layout import Layout
 from citybrain.mailbox import Mailbox
 from citybrain.storage import OS_FILES
+from streams.evidence import EvidenceStore
 from streams.history.compactor import Compactor, Limits
 from streams.history.manifest import Manifest, history_folder, read_manifest
 from streams.history.query import MAILBOX, report_damage
@@ -68,6 +69,7 @@ class HistoryProcess:
         self.retention = retention
         self._clock = clock
         self._mailbox = Mailbox(layout.mailbox(MAILBOX))
+        self._evidence = EvidenceStore(layout.evidence)
         self._stopping = False
         self._swept_s = self._retained_s = 0.0
 
@@ -135,6 +137,15 @@ class HistoryProcess:
             self._retained_s = now_s
             for compactor in self.compactors:
                 self._retain(compactor, now_ms)
+            self._expire(now_ms)
+
+    def _expire(self, now_ms: int) -> None:
+        """Remove pictures that are kept no longer."""
+        whole, incomplete = self._evidence.expire(now_ms, self.retention.evidence / DAY_MS)
+        self.counters.add("removed_total", whole, what="evidence")
+        self.counters.add("removed_total", incomplete, what="evidence_incomplete")
+        if whole or incomplete:
+            self._say(f"evidence: {whole} pictures removed, as configured, and {incomplete} that never became whole")
 
     def _retain(self, compactor: Compactor, now_ms: int) -> None:
         """Remove what is older than it has to be and nobody needs; say what."""

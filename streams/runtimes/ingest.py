@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import ssl
 from collections.abc import Sequence
 from types import FrameType
 
@@ -31,6 +32,7 @@ from streams.decode import warm
 from streams.ingest import SEGMENT_BYTES, Ingest
 from streams.log import Control
 from streams.logs import LogStore
+from streams.orders import Orders
 from streams.runtimes.mqtt import Link
 from streams.runtimes.stores import add_arguments, open_place
 
@@ -42,7 +44,7 @@ MAILBOX_S = 0.2
 IDLE_S = 0.1  # how long a quiet loop waits: a signal, a command, a tick or a heartbeat is at most that late
 BACK_OFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 MOST_QUARANTINED = 20  # devices that the heartbeat names
-CHANNELS = ("telemetry", "event", "status")
+CHANNELS = ("telemetry", "event", "blob", "status", "reply")
 
 
 def control_of(command: Command, now_ms: int) -> Control:
@@ -70,7 +72,15 @@ class IngestProcess:
     """The loop around `Ingest`. `run` returns when `stop` has been called."""
 
     def __init__(
-        self, layout: Layout, run: Run, shards: Sequence[int], port: int, logs: LogStore | None = None
+        self,
+        layout: Layout,
+        run: Run,
+        shards: Sequence[int],
+        port: int,
+        logs: LogStore | None = None,
+        *,
+        host: str = "",
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.layout = layout
         self.shards = tuple(shards)
@@ -84,8 +94,9 @@ class IngestProcess:
         self._clock = run.clock
         self._reconnect_ms = round(RECONNECT_S * 1000 * run.clock.speed)
         self._mailbox = Mailbox(layout.mailbox(name))
+        self._orders = Orders(layout, self.shards, self.counters)
         self._topics = [f"cb/v1/{shard}/+/{channel}" for shard in self.shards for channel in CHANNELS]
-        self._link = Link(run.host, port, name)
+        self._link = Link(host or run.host, port, name, tls=tls)
         self._stopping = False
         self._up_since = 0
         self._failures = 0
@@ -128,6 +139,7 @@ class IngestProcess:
         taken = self._burst()
         self._tick()
         self._commit()
+        self._publish_orders()
         self._link.flush()
         self.counters.delayed("lag_s", monotonic_s() - began_s, taken)  # until durable and acknowledged
         self._link.keep_alive()
@@ -162,11 +174,21 @@ class IngestProcess:
             now_ms = self._clock.now_ms()
             take = self.ingest.message
             for topic, payload in messages:
-                take(topic, payload, now_ms)
+                if topic.endswith("/reply"):
+                    self._orders.reply(topic, payload, now_ms)
+                else:
+                    take(topic, payload, now_ms)
             left -= len(messages)
             if monotonic_s() >= until_s:
                 break
         return BURST_MESSAGES - left
+
+    def _publish_orders(self) -> None:
+        for gateway in self.ingest.births:
+            self._orders.born(gateway)
+        self.ingest.births.clear()
+        for topic, payload in self._orders.due(self._clock.now_ms()):
+            self._link.publish(topic, payload)
 
     def _quarantined(self) -> None:
         self.counters.details["quarantine"] = self.ingest.quarantined(MOST_QUARANTINED)
@@ -229,7 +251,33 @@ class IngestProcess:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", metavar="LIST", help="shards to take, such as 0,1 (default: all of the run)")
     parser.add_argument("--port", type=int, help="the broker's port (default: the run's)")
+    parser.add_argument("--mqtt-host", metavar="HOST", help="the broker's machine (default: this one)")
+    parser.add_argument(
+        "--mqtt-tls", metavar="CA,CERT,KEY", help="within TLS: our authorities, our certificate, its key"
+    )
     add_arguments(parser)
+
+
+def tls_context(given: str | None, host: str | None) -> ssl.SSLContext | None:
+    """Return a context for `CA,CERT,KEY` (PEM files); raises UsageError, ConfigError.
+
+    Another machine is only reached within TLS.
+    """
+    if given is None:
+        if host and host != "localhost" and not host.startswith("127."):
+            raise UsageError(f"--mqtt-host {host}: another machine needs --mqtt-tls CA,CERT,KEY")
+        return None
+    files = given.split(",")
+    if len(files) != 3:
+        raise UsageError(f"--mqtt-tls {given!r}: expected three files, CA,CERT,KEY")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_verify_locations(files[0])
+        context.load_cert_chain(files[1], files[2])
+    except OSError as error:  # ssl.SSLError too
+        raise ConfigError(f"--mqtt-tls {given}", f"cannot be read as certificates: {error}") from None
+    return context
 
 
 def parse_shards(given: str | None, count: int) -> list[int]:
@@ -251,7 +299,9 @@ def _run(args: argparse.Namespace) -> int:
     run = layout.read_run()
     shards = parse_shards(args.shards, run.shards)
     place = open_place(args, layout, run.shards, SEGMENT_BYTES)
-    process = IngestProcess(place.layout, run, shards, args.port or run.mqtt_port, place.logs)
+    tls = tls_context(args.mqtt_tls, args.mqtt_host)
+    port = args.port or run.mqtt_port
+    process = IngestProcess(place.layout, run, shards, port, place.logs, host=args.mqtt_host or "", tls=tls)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, process.stop)
     process.run()

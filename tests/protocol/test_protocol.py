@@ -48,7 +48,7 @@ from tests.protocol import model
 GATEWAY = "gw-1"
 FOLDER = Path("/disk/spool")
 PLACE = Place(114.0, 22.5, "000000000000001")
-METRIC = {Lane.TELEMETRY: "value", Lane.EVENT: "fault_code"}
+METRIC = {Lane.TELEMETRY: "value", Lane.EVENT: "fault_code", Lane.BLOB: "value"}  # of a blob: rubbish, which counts too
 REGISTRY = Registry(
     (Gateway(GATEWAY, 0, PLACE),), (Device("d", "hydrant", GATEWAY, PLACE, ("value",), ("fault_code",)),)
 )
@@ -214,7 +214,10 @@ class Board:
 
     def write(self, lane: Lane, values: list[int]) -> None:
         for value in values:
-            self.spool.append(lane, [Reading("d", NOW_MS, {METRIC[lane]: float(value)})], NOW_MS)
+            if lane is Lane.BLOB:
+                self.spool.put_blob(b"picture %d" % value, NOW_MS)
+            else:
+                self.spool.append(lane, [Reading("d", NOW_MS, {METRIC[lane]: float(value)})], NOW_MS)
         self.commit()
         last = self.spool.next_seq(lane)
         for seq in range(last - len(values), last):
@@ -327,7 +330,7 @@ class Wire(RuleBasedStateMachine):
     def run_out_of_space(self, index: int) -> None:
         board = self.board(index)
         used = sum(len(file.now) for path, file in board.disk.files.items() if path.suffix == ".seg")
-        board.spool.limit_bytes = used // 2
+        board.spool.limit_bytes = used // 4
         board.commit()
         board.spool.limit_bytes = 1 << 20
 

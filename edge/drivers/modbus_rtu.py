@@ -1,0 +1,224 @@
+"""Modbus RTU on a serial line (RS-485 adapter or built-in port), as the master.
+
+    bus-0:
+      driver: modbus_rtu
+      port: /dev/ttyUSB0
+      baud: 9600
+      interval: 1s
+      devices:
+        - {device: hyd-000123, unit_id: 17, map: hydrant}
+
+Frames after MODBUS over Serial Line Specification V1.02, section 2.5.1.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from typing import Literal
+
+import msgspec
+import serial
+from pymodbus.framer.rtu import FramerRTU
+from pymodbus.pdu import DecodePDU
+
+from citybrain.clock import monotonic_s, wait_until_s
+from citybrain.config import Duration
+from edge.driver import Host, Quality
+from edge.drivers.modbus import (
+    DEADLINE_S,
+    REQUESTS,
+    Bus,
+    Station,
+    Trouble,
+    check_stations,
+    check_times,
+    plan,
+    refusal,
+)
+from edge.drivers.registers import Block, RegisterMap
+from edge.serial_port import open_port
+
+__all__ = ["DEADLINE_S", "PROCESS", "Config", "make"]
+PROCESS = False
+REQUEST_BYTES, ANSWER_BYTES = 8, 5  # an answer's without its data
+SHORTEST_GAP_S = 0.00175  # above 19,200 baud
+SILENCE_S = 0.05  # a frame that stops so long is over: USB adapters hold bytes back for 16 ms
+MOST_LOAD = 0.9
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A bus: its port and how that is set, its stations, how often they are asked, and maps of its own."""
+
+    port: str
+    devices_: tuple[Station, ...] = msgspec.field(name="devices")
+    baud: int = 9600
+    parity: Literal["N", "E", "O"] = "N"
+    stop_bits: Literal[1, 2] = 1
+    interval: Duration = Duration(1000)
+    timeout: Duration = Duration(200)
+    maps: dict[str, RegisterMap] = {}
+
+    def __post_init__(self) -> None:
+        if not 300 <= self.baud <= 4_000_000:
+            raise ValueError(f"baud: expected 300 to 4000000, got {self.baud}")
+        check_times(self.interval, self.timeout)
+        check_stations(self.devices_, self.maps, range(1, 248))
+        if (load := self.load()) > MOST_LOAD:
+            raise ValueError(
+                f"interval: reading all devices takes {load:.0%} of what {self.baud} baud allows; "
+                "ask less often, or raise the speed"
+            )
+
+    def devices(self) -> tuple[str, ...]:
+        """Name the devices."""
+        return tuple(station.device for station in self.devices_)
+
+    @property
+    def char_s(self) -> float:
+        """How long one character takes on the wire."""
+        return (1 + 8 + (self.parity != "N") + self.stop_bits) / self.baud
+
+    @property
+    def gap_s(self) -> float:
+        """How long the line is silent between two frames: 3.5 characters of 11 bits, 1.75 ms above 19,200 baud."""
+        return SHORTEST_GAP_S if self.baud > 19_200 else 3.5 * 11 / self.baud
+
+    def wire_s(self, block: Block) -> float:
+        """Return how long reading a block occupies the line: both frames and the silence after each."""
+        return (REQUEST_BYTES + ANSWER_BYTES + block.size) * self.char_s + 2 * self.gap_s
+
+    def load(self) -> float:
+        """Return the share of the line's time that the stations' reads take."""
+        tasks = plan(self.devices_, self.maps, self.interval, 0.0)
+        return sum(self.wire_s(block) / task.interval_s for task in tasks for block in task.reads)
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """What bytes on the line are so far. whole: nothing more will come of them."""
+
+    found: bytes | Trouble
+    whole: bool
+
+
+def understand(data: bytes, unit_id: int, block: Block) -> Heard:
+    """Find the answer to a read in what was heard since it was asked: noise before it is passed over.
+
+    A frame of another station does not end the wait, because it may be the late answer to an earlier question.
+    """
+    verdict = Heard(Trouble(Quality.GARBLED, f"{len(data)} bytes are no answer: {data[:16].hex(' ')}"), whole=False)
+    for start in range(len(data) - ANSWER_BYTES + 1):
+        function = data[start + 1] & 0x7F
+        refused = data[start + 1] & 0x80
+        size = ANSWER_BYTES if refused else ANSWER_BYTES + data[start + 2]
+        frame = data[start : start + size]
+        if function != block.function or len(frame) < size or not intact(frame):
+            continue
+        if frame[0] != unit_id:
+            verdict = Heard(Trouble(Quality.FOREIGN, f"unit {frame[0]} answers for unit {unit_id}"), whole=False)
+        elif refused:
+            return Heard(refusal(block.function, block.address, frame[2]), whole=True)
+        elif frame[2] != block.size:
+            return Heard(Trouble(Quality.GARBLED, f"{frame[2]} bytes of data instead of {block.size}"), whole=True)
+        else:
+            return Heard(frame[3:-2], whole=True)
+    return verdict
+
+
+def intact(frame: bytes) -> bool:
+    """Return whether a frame's checksum is right."""
+    return FramerRTU.check_CRC(frame[:-2], int.from_bytes(frame[-2:], "big"))
+
+
+class SerialLine:
+    """A serial port with stations on it. Frames are kept apart by the silence that the standard asks for."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._port: serial.Serial | None = None
+        self._free_s = 0.0  # when the line has been silent for long enough
+        self._frames: dict[tuple[int, int, int], bytes] = {}
+        self._framer = FramerRTU(DecodePDU(False))
+
+    def open(self) -> None:
+        """Open the port, for us alone."""
+        config = self._config
+        self.close()
+        self._port = open_port(config.port, config.baud, config.parity, config.stop_bits)
+        self._free_s = monotonic_s() + config.gap_s
+
+    def close(self) -> None:
+        """Let go of the port."""
+        port, self._port = self._port, None
+        if port is not None:
+            port.close()
+
+    def ask(self, unit_id: int, block: Block) -> bytes | Trouble:
+        """Read a block; once more where the answer is garbled and there is time for it within the time-out."""
+        fd = self._fd()
+        wait_until_s(self._free_s)
+        sent_s = self._send(fd, unit_id, block)
+        answer_s = (ANSWER_BYTES + block.size) * self._config.char_s
+        until_s = sent_s + REQUEST_BYTES * self._config.char_s + self._config.timeout / 1000 + answer_s
+        found = self._listen(fd, unit_id, block, until_s)
+        again = isinstance(found, Trouble) and found.quality is Quality.GARBLED
+        if again and monotonic_s() - sent_s < self._config.timeout / 2000:
+            wait_until_s(self._free_s)
+            self._send(fd, unit_id, block)
+            found = self._listen(fd, unit_id, block, until_s)
+        return found
+
+    def _fd(self) -> int:
+        if self._port is None:
+            raise OSError(f"{self._config.port} is not open")
+        return int(self._port.fileno())
+
+    def _send(self, fd: int, unit_id: int, block: Block) -> float:
+        """Write the request, after what was still heard is thrown away; return when."""
+        key = (unit_id, block.function, block.address)
+        if key not in self._frames:
+            request = REQUESTS[block.function](dev_id=unit_id, address=block.address, count=block.count)
+            self._frames[key] = self._framer.buildFrame(request)
+        while select.select([fd], [], [], 0)[0]:
+            self._read(fd)
+        os.write(fd, self._frames[key])
+        return monotonic_s()
+
+    def _read(self, fd: int) -> bytes:
+        data = os.read(fd, 512)
+        if not data:
+            raise OSError(f"{self._config.port} is gone")
+        return data
+
+    def _listen(self, fd: int, unit_id: int, block: Block, until_s: float) -> bytes | Trouble:
+        heard = b""
+        told: bytes | Trouble = Trouble(Quality.NO_ANSWER, f"unit {unit_id}: nothing within {self._config.timeout} ms")
+        while True:
+            now_s = monotonic_s()
+            garbled = isinstance(told, Trouble) and told.quality is Quality.GARBLED
+            left_s = min(until_s - now_s, SILENCE_S if garbled else until_s - now_s)
+            if left_s <= 0 or not select.select([fd], [], [], left_s)[0]:
+                self._free_s = monotonic_s() + self._config.gap_s
+                return told
+            heard += self._read(fd)
+            self._free_s = monotonic_s() + self._config.gap_s
+            verdict = understand(heard, unit_id, block)
+            told = verdict.found
+            if verdict.whole:
+                return told
+
+
+class Driver:
+    """One bus."""
+
+    def __init__(self, name: str, config: Config) -> None:
+        self._bus = Bus(name, SerialLine(config), config.devices_, config.maps, config.interval)
+
+    def run(self, host: Host) -> None:
+        """Ask until the host ends it."""
+        self._bus.run(host)
+
+
+def make(name: str, config: Config) -> Driver:
+    """Make the driver of one bus."""
+    return Driver(name, config)

@@ -1,0 +1,1 @@
+"""Register maps that come with the product; a driver's `maps` adds others."""

@@ -1,0 +1,58 @@
+"""`citybrain gateway run|doctor|status`: the box in the cabinet, and what a technician asks it.
+
+Exit codes of `doctor`: 0 all is well, 1 something is wrong, 3 gateway.yaml is. Of `status`: 0 online, 1 not online,
+4 the process does not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from citybrain.cli import Subcommand
+from citybrain.layout import Layout
+
+# An action is a module with `arguments(parser)` and `run(args) -> int`; it is imported when it is called.
+ACTIONS = {
+    "run": ("serve: drivers, spool, uplink, orders", "gateway.command"),
+    "doctor": ("check everything that could keep this box from working", "gateway.doctor"),
+    "status": ("say how the box is", "gateway.status"),
+    "enrol": ("get certificate and configuration for a one-time code", "gateway.enrol"),
+    "commission": ("has the platform seen every point? say so, signed", "gateway.commission"),
+    "renew": ("get the next certificate where that is due", "gateway.renew"),
+}
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, (help_, module) in ACTIONS.items():
+        one = actions.add_parser(name, help=help_)
+        one.add_argument("--data", type=Path, default=argparse.SUPPRESS, metavar="DIR", help="data folder")
+        one.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object")
+        importlib.import_module(module).arguments(one)
+
+
+def arguments(_parser: argparse.ArgumentParser) -> None:
+    """`run` has no options of its own."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT."""
+    from gateway.run import GatewayProcess  # noqa: PLC0415  no other action needs it
+
+    process = GatewayProcess(Layout(args.data))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, process.stop)
+    process.run()
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    action: Callable[[argparse.Namespace], int] = importlib.import_module(ACTIONS[args.action][1]).run
+    return action(args)
+
+
+command = Subcommand("the box in the cabinet: run it, check it, ask it", _arguments, _run)

@@ -1,0 +1,61 @@
+"""What a gateway says of itself every 10 s, as the device that bears its id."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from citybrain.clock import SECOND_MS, monotonic_s
+from citybrain.counters import Counters
+from citybrain.model import Lane, Reading
+from edge.driver import Quality
+from gateway.spool import Spool
+from gateway.times import BoxClock
+
+EVERY_MS = 10 * SECOND_MS
+HOUR_S = 3600.0
+MARKS = 60  # of the last hour's bytes
+
+
+class Vitals:
+    """A source (`edge.agent.Source`): `uptime_s`, `spooled`, `clock_offset_s`, `uplink_kb_per_h` (both directions), and
+    `quality`, which says that what we tell has no sure time where the clock is not set.
+    """
+
+    def __init__(self, gateway: str, spool: Spool, clock: BoxClock, counters: Counters) -> None:
+        self._gateway = gateway
+        self._spool = spool
+        self._clock = clock
+        self._counters = counters
+        self._since_s = monotonic_s()
+        self._due_ms = 0
+        self._marks: deque[tuple[float, int]] = deque([(self._since_s, self._bytes())], MARKS)
+
+    @property
+    def uptime_s(self) -> float:
+        return monotonic_s() - self._since_s
+
+    def poll(self, now_ms: int) -> list[tuple[Lane, Reading]]:
+        """Return a reading where one is due: at once, then at full 10 s so that gateways can be compared."""
+        if 0 <= self._due_ms - now_ms <= EVERY_MS:
+            return []
+        at_ms = now_ms - now_ms % EVERY_MS if self._due_ms else now_ms  # the process before may have told the full 10 s
+        self._due_ms = now_ms - now_ms % EVERY_MS + EVERY_MS
+        values = {
+            "uptime_s": round(self.uptime_s, 1),
+            "spooled": float(self._spool.spooled()),
+            "uplink_kb_per_h": round(self._per_hour() / 1000, 1),
+        }
+        if not self._clock.unset:
+            values["clock_offset_s"] = round(self._clock.offset_s, 3)
+        values["quality"] = float(Quality.CLOCK_UNSET if self._clock.unset else Quality.GOOD)
+        return [(Lane.TELEMETRY, Reading(self._gateway, at_ms, values))]
+
+    def _per_hour(self) -> float:
+        now_s, total = monotonic_s(), self._bytes()
+        since_s, before = self._marks[0]
+        if now_s - self._marks[-1][0] >= HOUR_S / MARKS:
+            self._marks.append((now_s, total))
+        return (total - before) * HOUR_S / max(now_s - since_s, 1.0)
+
+    def _bytes(self) -> int:
+        return self._counters.values["sent_bytes_total"] + self._counters.values["received_bytes_total"]

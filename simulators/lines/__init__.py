@@ -1,0 +1,1 @@
+"""Counterparts of the drivers on real lines: pseudo-terminals and sockets."""
