@@ -11,8 +11,8 @@ import pytest
 
 from api.assets.kinds import metrics_of
 from citybrain.units import METRICS
-from edge import limits, report
-from edge.drivers import json_lines, modbus, modbus_rtu, modbus_tcp, registers
+from edge import codes, frames, limits, report
+from edge.drivers import elevator_serial, json_lines, modbus, modbus_rtu, modbus_tcp, registers
 from edge.limits import Limit
 from edge.report import Report
 from gateway.config import parse_config
@@ -28,12 +28,13 @@ PAGES = {
         registers.RegisterMap,
     ),
     "drivers/json_lines.md": (json_lines.Config, json_lines.Value),
+    "drivers/elevator_serial.md": (elevator_serial.Config, elevator_serial.Seat),
     "edge.md": (Report, Limit),
 }
 HEAD = "gateway: gw-1\nshard: 0\nbroker: {host: 127.0.0.1}\n"
 
 
-@pytest.mark.parametrize("page", ["drivers/modbus.md", "drivers/json_lines.md"])
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("drivers/")])
 def test_the_sample_of_a_page_is_valid(page: str) -> None:
     sample = re.search(r"```yaml\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
     assert sample is not None
@@ -78,7 +79,7 @@ def test_the_platform_takes_what_a_map_gives(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [report, limits, registers, json_lines, wire], ids=lambda module: str(module.__name__)
+    "module", [report, limits, registers, json_lines, wire, frames, codes], ids=lambda module: str(module.__name__)
 )
 def test_examples(module: ModuleType) -> None:
     results = doctest.testmod(module)
