@@ -11,8 +11,8 @@ import pytest
 
 from api.assets.kinds import metrics_of
 from citybrain.units import METRICS
-from edge import codes, frames, limits, report
-from edge.drivers import elevator_serial, json_lines, modbus, modbus_rtu, modbus_tcp, registers
+from edge import codes, frames, limits, report, shaft
+from edge.drivers import elevator_retrofit, elevator_serial, json_lines, modbus, modbus_rtu, modbus_tcp, registers
 from edge.limits import Limit
 from edge.report import Report
 from gateway.config import parse_config
@@ -29,6 +29,7 @@ PAGES = {
     ),
     "drivers/json_lines.md": (json_lines.Config, json_lines.Value),
     "drivers/elevator_serial.md": (elevator_serial.Config, elevator_serial.Seat),
+    "drivers/elevator_retrofit.md": (elevator_retrofit.Config, elevator_retrofit.Kit),
     "edge.md": (Report, Limit),
 }
 HEAD = "gateway: gw-1\nshard: 0\nbroker: {host: 127.0.0.1}\n"
@@ -79,7 +80,9 @@ def test_the_platform_takes_what_a_map_gives(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [report, limits, registers, json_lines, wire, frames, codes], ids=lambda module: str(module.__name__)
+    "module",
+    [report, limits, registers, json_lines, wire, frames, codes, shaft],
+    ids=lambda module: str(module.__name__),
 )
 def test_examples(module: ModuleType) -> None:
     results = doctest.testmod(module)
