@@ -11,8 +11,18 @@ import pytest
 
 from api.assets.kinds import metrics_of
 from citybrain.units import METRICS
-from edge import codes, frames, limits, report, shaft
-from edge.drivers import elevator_retrofit, elevator_serial, json_lines, modbus, modbus_rtu, modbus_tcp, registers
+from edge import codes, features, frames, hammer, limits, raw, report, shaft
+from edge.drivers import (
+    elevator_retrofit,
+    elevator_serial,
+    json_lines,
+    modbus,
+    modbus_rtu,
+    modbus_tcp,
+    pressure_fast,
+    registers,
+    vibration,
+)
 from edge.limits import Limit
 from edge.report import Report
 from gateway.config import parse_config
@@ -30,6 +40,8 @@ PAGES = {
     "drivers/json_lines.md": (json_lines.Config, json_lines.Value),
     "drivers/elevator_serial.md": (elevator_serial.Config, elevator_serial.Seat),
     "drivers/elevator_retrofit.md": (elevator_retrofit.Config, elevator_retrofit.Kit),
+    "drivers/vibration.md": (vibration.Config, vibration.Sensor),
+    "drivers/pressure_fast.md": (pressure_fast.Config, pressure_fast.Sensor),
     "edge.md": (Report, Limit),
 }
 HEAD = "gateway: gw-1\nshard: 0\nbroker: {host: 127.0.0.1}\n"
@@ -81,7 +93,7 @@ def test_the_platform_takes_what_a_map_gives(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [report, limits, registers, json_lines, wire, frames, codes, shaft],
+    [report, limits, registers, json_lines, wire, frames, codes, shaft, features, raw, hammer],
     ids=lambda module: str(module.__name__),
 )
 def test_examples(module: ModuleType) -> None:

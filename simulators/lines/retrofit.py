@@ -71,6 +71,8 @@ class Journey:
     def ride(self, height_m: float) -> Iterator[Tick]:
         """Go to a height: speed up, go on, slow down."""
         way_m = height_m - self.height_m
+        if not way_m:
+            return
         sign = 1.0 if way_m > 0 else -1.0
         top_mps = min(SPEED_MPS, (abs(way_m) * ACCELERATION_MPS2) ** 0.5)
         ramp_s = top_mps / ACCELERATION_MPS2

@@ -17,7 +17,9 @@ from pathlib import Path
 from citybrain.clock import wait_until_s
 
 CHARACTER_BITS = 10  # 8N1
-SPEEDS = {getattr(termios, f"B{baud}"): baud for baud in (1200, 2400, 4800, 9600, 19200, 38400, 57600, 115200)}
+SPEEDS = {
+    getattr(termios, f"B{baud}"): baud for baud in (1200, 2400, 4800, 9600, 19200, 38400, 57600, 115200, 230400, 460800)
+}
 
 
 def resampled(data: bytes, sent_baud: int, read_baud: int) -> bytes:
