@@ -77,6 +77,7 @@ class FrameLine:
         self._last_s: dict[int, float] = {}
         self._said: dict[int, Quality] = {}
         self._rubbish = self._tries = 0  # bytes and damaged frames since the last good frame
+        self._rubbish_s = 0.0  # when the last of them came
 
     def run(self, host: Host, listener: Listener) -> None:
         """Listen until the host ends it; open the port anew where it goes away."""
@@ -129,6 +130,8 @@ class FrameLine:
             host.drop("bad_checksum", heard.spoilt)
         if heard.half:
             host.drop("half_frame", heard.half)
+        if heard.noise:
+            self._rubbish_s = host.mono_s()
         self._rubbish += heard.noise
         self._tries += heard.spoilt + heard.half
         for frame in heard.frames:
@@ -150,14 +153,16 @@ class FrameLine:
 
     def _judge(self, host: Host) -> None:
         """Say of which stations nothing is heard, or nothing that can be used."""
+        silence_s = self._port.silence / 1000
         garbled = self._tries >= GARBLED_TRIES or self._rubbish >= GARBLED_BYTES
+        garbled = garbled and host.mono_s() - self._rubbish_s <= silence_s
         for station, last_s in self._last_s.items():
             if garbled:
                 self._say(
                     host, station, (Quality.GARBLED, f"noise instead of frames; is {self._port.baud} baud right?")
                 )
-            elif host.mono_s() - last_s > self._port.silence / 1000:
-                self._say(host, station, (Quality.NO_ANSWER, f"nothing for {self._port.silence / 1000:g} s"))
+            elif host.mono_s() - last_s > silence_s:
+                self._say(host, station, (Quality.NO_ANSWER, f"nothing for {silence_s:g} s"))
 
     def _say(self, host: Host, station: int, verdict: Verdict) -> None:
         if self._said.get(station) is verdict[0]:

@@ -14,8 +14,12 @@ from math import log
 
 G_MPS2 = 9.80665
 GAS_J_KG_K = 287.05  # of dry air
-BEFORE_S = (1.5, 3.5)  # a ride is noticed late: its beginning is the air of this long ago
-END_S = 1.0
+KEPT_S = 7.0  # of air
+NOTICED_S, RATE_S = 0.6, 1.7  # how late a start is noticed: by the acceleration, by the rate of the air
+BEFORE_S = 2.0  # the air of so long before it is that of the start
+GUST_S, ALONE_S = 2.5, 0.5  # air moves by itself too: a start that only it shows lasts longer, but without acceleration
+DOOR_JUMP_S = 0.2
+DOOR_BEFORE_S = (-0.85, -0.25)  # of an opening that is told when the contact has stopped bouncing
 MOVES_MPS, STANDS_MPS = 0.3, 0.15
 MOVES_MPS2 = 0.2
 STILL_S = 1.5  # a ride is over after so long without speed
@@ -82,9 +86,12 @@ class Travel:
         self._air: deque[tuple[float, float]] = deque()
         self._start_pa: float | None = None  # of the present ride
         self._gravity: float | None = None
+        self._stood_s = 0.0
         self._accelerated: deque[tuple[float, float]] = deque()
         self._speed_mps = 0.0
         self._began_s = self._quiet_s = self._door_s = float("-inf")
+        self._rate_since_s: float | None = None
+        self._open = False
         self._acceleration_s: float | None = None
 
     # --- what it is told ---
@@ -107,17 +114,19 @@ class Travel:
                 self._start_pa = None
             return
         self._air.append((t_s, pressure_pa))
-        while self._air[0][0] < t_s - BEFORE_S[1]:
+        while self._air[0][0] < t_s - KEPT_S:
             self._air.popleft()
         self._decide(t_s)
 
     def door(self, t_s: float, *, opened: bool) -> None:
         """Take a door that opens or closes. It opens at a landing: there the car is exactly."""
-        self._door_s = t_s
+        self._door_s, self._open = t_s, opened
         if opened and self.moving and not self._air:
             self._end(t_s)  # an integral alone cannot say that the car has stopped
-        if not opened or self.moving:
-            return
+        elif opened and not self.moving:
+            self._land()
+
+    def _land(self) -> None:
         found = self._shaft.landed(self._possible, self._moved_m)
         self.lost += not found
         self._possible = found or set(self._shaft.landings)
@@ -166,8 +175,9 @@ class Travel:
             self._accelerated.popleft()
         self._speed_mps += felt * step_s
         if not self.moving:
+            self._stood_s += step_s
             drift = max(-MOST_DRIFT_MPS2, min(MOST_DRIFT_MPS2, felt))  # not the beginning of a ride
-            self._gravity += drift * min(1.0, step_s / GRAVITY_S)
+            self._gravity += drift * step_s / max(1.0, min(GRAVITY_S, self._stood_s))
             self._speed_mps -= self._speed_mps * min(1.0, step_s / 2.0)  # a car that stands has none
 
     def _rate_mps(self, t_s: float) -> float | None:
@@ -184,27 +194,48 @@ class Travel:
     def _decide(self, t_s: float) -> None:
         rate = self._rate_mps(t_s)
         if not self.moving:
-            if abs(self._speed_mps) > MOVES_MPS or (rate is not None and abs(rate) > MOVES_MPS):
-                self._begin(t_s)
+            self._start(t_s, rate)
             return
         felt = [a for _, a in self._accelerated]
         even = not felt or abs(sum(felt) / len(felt)) < MOVES_MPS2
-        slow = abs(rate) < STANDS_MPS if rate is not None else abs(self._speed_mps) < MOVES_MPS
+        slow = abs(rate) < STANDS_MPS if rate is not None else self._open or abs(self._speed_mps) < MOVES_MPS
         too_long = rate is None and t_s - self._began_s > LONGEST_RIDE_S
         if not (even and (slow or too_long)):
             self._quiet_s = t_s
         elif t_s - self._quiet_s >= STILL_S:
             self._end(t_s)
 
-    def _begin(self, t_s: float) -> None:
+    def _start(self, t_s: float, rate: float | None) -> None:
+        """Begin a ride where the car speeds up, or the air goes on changing."""
+        if rate is None or abs(rate) <= MOVES_MPS:
+            self._rate_since_s = None
+        elif self._rate_since_s is None:
+            self._rate_since_s = t_s
+        if abs(self._speed_mps) > MOVES_MPS:
+            self._begin(t_s, t_s - NOTICED_S)
+        elif self._rate_since_s is not None:
+            lasts_s = GUST_S if self._acceleration_s is not None else ALONE_S
+            if t_s - self._rate_since_s >= lasts_s:
+                self._begin(t_s, self._rate_since_s - RATE_S)
+
+    def _begin(self, t_s: float, began_s: float) -> None:
+        """Begin a ride; what the air was before, but behind the doors' closing, is where it began."""
         self.moving, self._began_s, self._quiet_s = True, t_s, t_s
-        self._start_pa = self._mean(t_s - BEFORE_S[1], t_s - BEFORE_S[0])
+        closed_s = self._door_s + DOOR_JUMP_S
+        before = self._mean(max(began_s - BEFORE_S, closed_s), began_s)
+        self._start_pa = before if before is not None else self._mean(closed_s, t_s)
 
     def _end(self, t_s: float) -> None:
-        self.moving, self._speed_mps = False, 0.0
+        """End a ride, in the air since it was still, but before the doors opened."""
+        self.moving, self._speed_mps, self._rate_since_s = False, 0.0, None
         self.rides += 1
-        end_pa = self._mean(t_s - END_S, t_s)
+        opened = self._open and self._door_s > self._began_s
+        end_pa = self._mean(*(self._door_s + at_s for at_s in DOOR_BEFORE_S)) if opened else None
+        if end_pa is None:
+            end_pa = self._mean(self._quiet_s, t_s)
         if self._start_pa is None or end_pa is None:
             self._possible, self._moved_m = set(self._shaft.landings), 0.0  # a ride that nobody measured
         else:
             self._moved_m += risen_m(self._start_pa, end_pa, self.temperature_c)
+        if self._open:
+            self._land()

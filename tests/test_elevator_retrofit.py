@@ -72,6 +72,27 @@ def test_every_trip_of_a_day_ends_on_the_right_floor_whatever_the_weather(weathe
     assert ride.car.trouble(ride.journey.t_s) == ""
 
 
+@pytest.mark.parametrize("speed_mps", [0.5, 1.75, 2.5])
+@pytest.mark.parametrize("stack_pa", [15.0, -15.0])
+def test_doors_that_open_early_and_change_the_air_move_no_floor(speed_mps: float, stack_pa: float) -> None:
+    ride = Ride()
+    ride.journey.speed_mps, ride.journey.open_after_s, ride.journey.stack_pa = speed_mps, 0.4, stack_pa
+    ride.found()
+    for floor in (3, 4, 1, 7, -1, 5):
+        ride.go(ride.journey.trip(floor, people=True))
+        assert (ride.car.travel.floor, ride.car.travel.moving) == (floor, False)
+    assert (ride.car.travel.rides, ride.car.travel.lost) == (8, 0)
+
+
+@pytest.mark.parametrize("gust_pa", [10.0, -10.0])
+def test_a_gust_in_the_shaft_is_no_ride(gust_pa: float) -> None:
+    ride = Ride().found()
+    for off_pa in (gust_pa, 0.0) * 3:
+        ride.journey.gust_pa = off_pa
+        ride.go(ride.journey.stand(5))
+    assert (ride.car.travel.rides, ride.car.travel.floor) == (2, -1)
+
+
 def test_the_floor_is_left_out_until_it_is_known_and_a_home_magnet_tells_it_at_once() -> None:
     ride = Ride(floor=3).go(islice(Journey(LANDINGS, 3).stand(60), 1000))
     assert ride.last("floor") is None

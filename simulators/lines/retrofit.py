@@ -21,7 +21,7 @@ from simulators.lines.talker import Told, serve
 
 RATE_HZ = 20
 AIR_EVERY = 4  # samples
-SPEED_MPS, ACCELERATION_MPS2 = 1.0, 0.7
+ACCELERATION_MPS2 = 0.7
 SEA_PA, SCALE_M = 101_325.0, 8_435.0
 NOISE_G, NOISE_PA = 0.004, 1.0  # of a cheap accelerometer and a BMP390 without filter
 Broken = Literal["motion_stuck", "motion_dead", "door_closed", "door_open", "accelerometer", "barometer"]
@@ -42,7 +42,8 @@ class Tick(msgspec.Struct, frozen=True):
 class Journey:
     """A car in its shaft. Its methods let time pass and yield what the kit says meanwhile.
 
-    weather_pa_h: how the pressure of the air drifts. broken: which sensors fail, from when `breaks` is called.
+    weather_pa_h: how the pressure of the air drifts; stack_pa: by how much it jumps where the doors open; gust_pa: by
+    how much it is off now; open_after_s: how soon doors open at a landing. broken: which sensors fail now.
     """
 
     def __init__(self, landings: dict[int, float], floor: int, weather_pa_h: float = 0.0, seed: int = 1) -> None:
@@ -53,6 +54,8 @@ class Journey:
         self.button = self.service = False
         self.broken: set[Broken] = set()
         self.home_floor: int | None = None
+        self.speed_mps, self.open_after_s = 1.0, 3.0
+        self.stack_pa = self.gust_pa = 0.0
         self._number = 0
         self._weather_pa_h = weather_pa_h
         self._random = random.Random(seed)
@@ -74,7 +77,7 @@ class Journey:
         if not way_m:
             return
         sign = 1.0 if way_m > 0 else -1.0
-        top_mps = min(SPEED_MPS, (abs(way_m) * ACCELERATION_MPS2) ** 0.5)
+        top_mps = min(self.speed_mps, (abs(way_m) * ACCELERATION_MPS2) ** 0.5)
         ramp_s = top_mps / ACCELERATION_MPS2
         cruise_s = (abs(way_m) - top_mps * ramp_s) / top_mps
         begin_m, step_s = self.height_m, 1 / RATE_HZ
@@ -96,7 +99,7 @@ class Journey:
         self.door_closed = True
         yield from self.stand(2.5)
         yield from self.ride(self.landings[floor])
-        yield from self.stand(3)
+        yield from self.stand(self.open_after_s)
         if people:
             self.door_closed = False
             yield from self.stand(4)
@@ -113,6 +116,7 @@ class Journey:
         if self._number % AIR_EVERY:
             return tick
         air_pa = (SEA_PA + self._weather_pa_h * self.t_s / 3600) * exp(-self.height_m / SCALE_M) + noise(0, NOISE_PA)
+        air_pa += self.gust_pa + (0.0 if self.door_closed else self.stack_pa)
         pressure = None if "barometer" in self.broken else round(air_pa, 1)
         return msgspec.structs.replace(tick, pressure_pa=pressure, temperature_c=15.0, has_air=True)
 
