@@ -12,6 +12,7 @@ import pytest
 from api.assets.kinds import metrics_of
 from citybrain.units import METRICS
 from edge import codes, features, frames, hammer, limits, raw, report, shaft
+from edge import drivers as registry
 from edge.drivers import (
     elevator_retrofit,
     elevator_serial,
@@ -93,7 +94,7 @@ def test_the_platform_takes_what_a_map_gives(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [report, limits, registers, json_lines, wire, frames, codes, shaft, features, raw, hammer],
+    [report, limits, registers, json_lines, wire, frames, codes, shaft, features, raw, hammer, registry],
     ids=lambda module: str(module.__name__),
 )
 def test_examples(module: ModuleType) -> None:

@@ -221,6 +221,8 @@ def test_damaged_frames_are_counted_and_said_and_the_line_comes_back(begin: Begi
     if fault != "noise":
         assert site.dropped({"crc": "bad_checksum", "half": "half_frame"}[fault]) >= 3
     assert site.dropped("noise_bytes") > 0
+    line.talker.fault = "dead"
+    site.until(lambda: site.quality("lift-1") is Quality.NO_ANSWER, what="silence behind noise is silence")
     other.say(1, "fault", 1)
     beside.until(lambda: 1.0 in beside.of("lift-1", "fault_code"))
     assert beside.quality("lift-1") is Quality.GOOD

@@ -264,3 +264,28 @@ def test_a_wrong_configuration_is_refused(change: str, expected: str) -> None:
 def test_the_gateway_itself_imports_no_numpy(driver: str) -> None:
     code = f"import sys, edge.drivers.{driver}; sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("driver", ["vibration", "pressure_fast"])
+def test_a_box_without_numpy_refuses_the_configuration_and_says_what_to_do(driver: str) -> None:
+    text = f"driver: {driver}\nport: /dev/x\nrate_hz: 100\ndevices: [{{device: a, station: 1}}]"
+    text += "\nfull_scale_g: 4" if driver == "vibration" else ""
+    code = (
+        "import sys; sys.modules['numpy'] = None\n"
+        "from citybrain.errors import ConfigError\n"
+        "from gateway.config import parse_config\n"
+        f"section = {text!r}.replace(chr(10), chr(10) + '    ')\n"
+        "try:\n"
+        "    parse_config('gateway: gw-1\\nshard: 0\\nbroker: {host: 127.0.0.1}\\ndrivers:\\n  a:\\n    ' + section)\n"
+        "except ConfigError as error:\n"
+        "    print(error)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "needs numpy, which is not installed here: pip install numpy" in said
+
+
+def test_the_rate_at_which_samples_come_is_known_after_ten_seconds() -> None:
+    raw = Raw(100)
+    rates = [window.rate_hz for second in range(13) for window in raw.take(block(100 * second, 100), second / 0.8)]
+    assert rates[:8] == [None] * 8
+    assert rates[-1] == pytest.approx(80)

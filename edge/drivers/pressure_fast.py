@@ -18,6 +18,7 @@ import msgspec
 from citybrain.config import Duration
 from citybrain.model import Lane, Reading
 from edge.driver import Host, Quality
+from edge.drivers import need
 from edge.frame_line import FINE, FrameLine, Port, Verdict
 from edge.frames import MOST_PAYLOAD, Frame
 from edge.hammer import Hammer
@@ -53,6 +54,7 @@ class Config(Port, frozen=True, forbid_unknown_fields=True, kw_only=True):
     most_missing: float = 0.05
 
     def __post_init__(self) -> None:
+        need("numpy", "numpy")
         stations = [one.station for one in self.devices_]
         self.check([one.device for one in self.devices_], stations)
         if len(set(stations)) < len(stations):

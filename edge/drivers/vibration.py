@@ -21,6 +21,7 @@ import msgspec
 from citybrain.config import Duration
 from citybrain.model import Lane, Reading
 from edge.driver import Host, Quality
+from edge.drivers import need
 from edge.frame_line import FINE, FrameLine, Port, Verdict
 from edge.frames import MOST_PAYLOAD, Frame
 
@@ -55,6 +56,7 @@ class Config(Port, frozen=True, forbid_unknown_fields=True, kw_only=True):
     most_missing: float = 0.05
 
     def __post_init__(self) -> None:
+        need("numpy", "numpy")
         self.check([one.device for one in self.devices_], [one.station for one in self.devices_])
         if not (isfinite(self.rate_hz) and 10 <= self.rate_hz <= 20_000):
             raise ValueError(f"rate_hz: expected 10 to 20000, got {self.rate_hz}")
