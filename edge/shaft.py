@@ -27,6 +27,7 @@ DOOR_AIR_S = 2.0  # doors that open or close change the air, and no height
 SHORTEST_BETWEEN_S = 0.5
 LONGEST_RIDE_S = 120.0  # a ride that only the accelerometer sees: its integral drifts
 GRAVITY_S, MOST_DRIFT_MPS2 = 20.0, 0.1
+HALF_WAY_M = 0.5
 ZONE_M = 0.5  # GB 7588: unlocking zone up to 0.35 m; what a barometer can tell is coarser
 SNAP_SHARE = 0.4  # of the distance between two landings
 
@@ -77,6 +78,7 @@ class Travel:
 
     def __init__(self, shaft: Shaft) -> None:
         self.moving = False
+        self.floor: int | None = None  # the nearest; None while several fit, or the air is not known
         self.rides = 0  # that are over
         self.lost = 0  # how often no floor fitted any more
         self.temperature_c = 15.0
@@ -110,6 +112,7 @@ class Travel:
         """Take a pressure; None where the barometer does not work."""
         if pressure_pa is None:
             self._air.clear()
+            self.floor = None
             if not self.moving:
                 self._start_pa = None
             return
@@ -117,6 +120,7 @@ class Travel:
         while self._air[0][0] < t_s - KEPT_S:
             self._air.popleft()
         self._decide(t_s)
+        self._look()
 
     def door(self, t_s: float, *, opened: bool) -> None:
         """Take a door that opens or closes. It opens at a landing: there the car is exactly."""
@@ -139,11 +143,16 @@ class Travel:
 
     # --- what it knows ---
 
-    @property
-    def floor(self) -> int | None:
-        """The nearest floor; None while several fit, or the air is not known."""
+    def _look(self) -> None:
+        """Find the nearest floor; half-way the last one stays, so that noise does not make it jump."""
         height_m = self._height_m()
-        return None if height_m is None else self._shaft.nearest(height_m)[0]
+        if height_m is None:
+            self.floor = None
+            return
+        floor, off_m = self._shaft.nearest(height_m)
+        before_m = self._shaft.landings[floor if self.floor is None else self.floor]
+        if self.floor is None or abs(before_m - height_m) - off_m > HALF_WAY_M:
+            self.floor = floor
 
     @property
     def outside(self) -> bool | None:
