@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -91,6 +92,36 @@ def test_a_gust_in_the_shaft_is_no_ride(gust_pa: float) -> None:
         ride.journey.gust_pa = off_pa
         ride.go(ride.journey.stand(5))
     assert (ride.car.travel.rides, ride.car.travel.floor) == (2, -1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(12))
+def test_random_days_with_weather_draught_and_four_trapped_passengers(seed: int) -> None:
+    luck = random.Random(seed)
+    ride = Ride(weather_pa_h=luck.choice([-100, -30, 30, 100]), seed=seed)
+    journey = ride.journey
+    journey.speed_mps, journey.stack_pa = luck.choice([0.5, 1.0, 1.75, 2.5]), luck.uniform(-15, 15)
+    ride.found()
+    for _ in range(40):
+        journey.open_after_s, journey.gust_pa = luck.uniform(0.3, 2), luck.uniform(-6, 6)
+        ride.go(journey.stand(luck.uniform(2, 60)))
+        floor = luck.choice([one for one, height_m in LANDINGS.items() if abs(height_m - journey.height_m) > 0.1])
+        ride.go(journey.trip(floor, people=luck.random() < 0.8))
+        assert (ride.car.travel.floor, ride.car.travel.lost) == (floor, 0)
+    assert ride.certainties() == {0.0}
+    for height_m in (LANDINGS[3] + 1.5, LANDINGS[6] + 1.6, LANDINGS[2], LANDINGS[8] - 1.5):
+        ride.board().go(journey.ride(height_m))
+        stopped_s, levelled = journey.t_s, height_m in LANDINGS.values()
+        ride.go(journey.stand(150))
+        at_s, code = ride.codes()[-1]
+        assert code == 93
+        assert (90 if levelled else 45) <= at_s - stopped_s <= (97 if levelled else 52)
+        ride.go(journey.ride(LANDINGS[1]))
+        journey.door_closed = journey.people = False
+        ride.go(journey.stand(8))
+        journey.door_closed = True
+        ride.go(journey.stand(5))
+        assert ride.codes()[-1][1] == 0
 
 
 def test_the_floor_is_left_out_until_it_is_known_and_a_home_magnet_tells_it_at_once() -> None:
