@@ -22,6 +22,7 @@ SILENCE_S = 0.05  # a frame that stops so long is over: USB adapters hold bytes 
 FIRST_REOPEN_S, MOST_REOPEN_S = 0.5, 5.0
 MOST_READ = 4096
 GARBLED_TRIES, GARBLED_BYTES = 3, 256  # so many damaged frames, or so much noise, with no good frame between
+NOISE_BYTES = 16  # so much, and a station that is silent is one that is not understood
 FINE = (Quality.GOOD, "")
 
 Verdict = tuple[Quality, str]
@@ -153,15 +154,16 @@ class FrameLine:
 
     def _judge(self, host: Host) -> None:
         """Say of which stations nothing is heard, or nothing that can be used."""
-        silence_s = self._port.silence / 1000
-        garbled = self._tries >= GARBLED_TRIES or self._rubbish >= GARBLED_BYTES
-        garbled = garbled and host.mono_s() - self._rubbish_s <= silence_s
+        now_s, silence_s = host.mono_s(), self._port.silence / 1000
+        recent = now_s - self._rubbish_s <= silence_s
+        garbled = recent and (self._tries >= GARBLED_TRIES or self._rubbish >= GARBLED_BYTES)
         for station, last_s in self._last_s.items():
-            if garbled:
+            silent = now_s - last_s > silence_s
+            if garbled or (silent and recent and self._rubbish >= NOISE_BYTES):
                 self._say(
                     host, station, (Quality.GARBLED, f"noise instead of frames; is {self._port.baud} baud right?")
                 )
-            elif host.mono_s() - last_s > silence_s:
+            elif silent:
                 self._say(host, station, (Quality.NO_ANSWER, f"nothing for {silence_s:g} s"))
 
     def _say(self, host: Host, station: int, verdict: Verdict) -> None:
