@@ -119,7 +119,7 @@ def _migrate(args: argparse.Namespace) -> int:
 
     layout = Layout(args.data)
     layout.make()
-    store = open_store(layout.database)
+    store = open_store(layout.place)
     try:
         upgrade(store)
     finally:

@@ -34,8 +34,8 @@ Groups = Counter[tuple[frozenset[tuple[str, str, int]], tuple[tuple[str, str], .
 
 
 @pytest.fixture
-def city(tmp_path: Path) -> Iterator[City]:
-    made = City(tmp_path)
+def city(tmp_path: Path, database: str) -> Iterator[City]:
+    made = City(tmp_path, database=database)
     yield made
     invariants(made)
     made.close()

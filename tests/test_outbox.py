@@ -144,13 +144,13 @@ Answer = Callable[[str, int], tuple[int, dict[str, str]] | None]
 
 
 @pytest.fixture
-def open_office(tmp_path: Path) -> Iterator[Callable[[Answer], Office]]:
+def open_office(tmp_path: Path, database: str) -> Iterator[Callable[[Answer], Office]]:
     offices: list[Office] = []
 
     def make(answer: Answer) -> Office:
         platform = Platform(new_secret(), answer)
         threading.Thread(target=platform.serve_forever, args=(0.02,), daemon=True).start()
-        offices.append(Office(City(tmp_path), platform))
+        offices.append(Office(City(tmp_path, database=database), platform))
         return offices[-1]
 
     yield make
