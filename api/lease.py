@@ -22,7 +22,7 @@ from sqlalchemy import BigInteger, Connection, Engine, bindparam, cast, extract,
 
 from citybrain.clock import monotonic_s
 from citybrain.db.schema import lease
-from citybrain.db.store import writing
+from citybrain.db.store import file_of, writing
 from citybrain.errors import Fenced
 
 NAME = "desk"
@@ -73,7 +73,8 @@ class Lease:
         self.generation: int | None = None  # None: another has it, or nobody
         self._lease_ms = int(lease_s * 1000)
         self._renewed_s = 0.0
-        self._lock = None if store.dialect.name == "postgresql" else lock_of(Path(str(store.url.database)[5:]))
+        file = file_of(store)
+        self._lock = None if file is None else lock_of(file)
 
     @property
     def held(self) -> bool:

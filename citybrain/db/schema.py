@@ -242,7 +242,6 @@ commands = Table(
     Column("result", String, nullable=False),  # applied | refused
     Column("message", String, nullable=False),
     Column("reason", String, nullable=False),
-    UniqueConstraint("id"),
 )
 
 # --- the ledger (台账): docs/ledger.md. Its version stands in `meta`; every row is also in the change that brought it.

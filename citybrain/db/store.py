@@ -41,10 +41,15 @@ def open_store(place: Path | str, readonly: bool = False) -> Engine:
     return engine
 
 
+def file_of(engine: Engine) -> Path | None:
+    """Return the file of a SQLite database, None for a server's."""
+    return None if engine.dialect.name == "postgresql" else Path(str(engine.url.database).removeprefix("file:"))
+
+
 def named(engine: Engine) -> str:
     """Return what to call a database in a message: its file, or host, port and name; never a password."""
     url = engine.url
-    return f"postgresql at {url.host}:{url.port}/{url.database}" if url.host else str(url.database)
+    return str(file_of(engine) or f"postgresql at {url.host}:{url.port}/{url.database}")
 
 
 def exists(place: Path | str) -> bool:
