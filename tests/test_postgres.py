@@ -196,7 +196,7 @@ def test_a_full_disk_there_is_waited_out(tmp_path: Path, postgres: str) -> None:
     city.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT], ids=["stopped", "crashed"])
+@pytest.mark.parametrize("number", [signal.SIGQUIT, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_a_server_that_restarts_in_the_middle_loses_and_doubles_nothing(
     tmp_path: Path, mortal_cluster: Cluster, postgres: str, number: signal.Signals
 ) -> None:
