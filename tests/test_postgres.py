@@ -10,9 +10,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
 from sqlalchemy import insert, text
 
-from api.desk import Desk
+from api.desk import Desk, replay
 from api.desk_process import Loop
 from api.lease import Lease
 from citybrain.cli import main
@@ -27,8 +28,9 @@ from citybrain.layout import Run
 from citybrain.mailbox import Command
 from citybrain.model import Edge
 from tests.conftest import end, eventually, unused_port
-from tests.desk_city import T0, City, S, invariants
+from tests.desk_city import T0, City, S, everything, invariants
 from tests.postgres import PASSWORD, Cluster
+from tests.test_desk import HISTORY, play
 from tests.test_postgres_migrate import with_file
 
 # --- where it is --------------------------------------------------------------------------------------------------
@@ -145,6 +147,28 @@ def test_every_table_numbers_its_rows_without_gaps() -> None:
         for column in table.primary_key:
             if column.name in ("id", "n") and column.type.python_type is int:
                 assert column.default is not None, f"{table.name}: use _number() of citybrain.db.schema"
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[*HealthCheck])
+@given(history=HISTORY)
+def test_any_history_keeps_the_invariants_and_its_journal_tells_it_again(
+    history: list[tuple[int, tuple[str, object]]], tmp_path_factory: pytest.TempPathFactory, cluster: Cluster
+) -> None:
+    """As in test_desk.py; and told again to SQLite, where it must give the very same rows."""
+    name = cluster.lend()
+    city = City(tmp_path_factory.mktemp("city"), database=cluster.url(name))
+    play(city, history)
+    invariants(city)
+    again = open_store(city.layout.root / "again.db")
+    desk = city.make_desk(again)
+    desk.start()
+    replay(city.store, desk)
+    told, retold = everything(city.store), everything(again)
+    again.dispose()
+    city.close()
+    cluster.take_back(name)
+    for table, rows in told.items():
+        assert rows == retold[table], table
 
 
 # --- while it works -----------------------------------------------------------------------------------------------

@@ -188,6 +188,14 @@ class Relay:
         self.server.close()
 
 
+def test_a_command_that_another_desk_took_meanwhile_is_passed_over(city: City) -> None:
+    """One that was stopped while it read the mailbox sees names whose files are gone."""
+    (city.mailbox.folder).mkdir(parents=True)
+    (city.mailbox.folder / "000000000000001-gone.json").symlink_to("nowhere")
+    city.mailbox.put(Command("c1", "acknowledge", "wang", T0, {"alarm": 1}))
+    assert [command.id for _, command in city.mailbox.take()[0]] == ["c1"]
+
+
 # --- two real processes -------------------------------------------------------------------------------------------
 
 

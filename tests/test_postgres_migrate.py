@@ -28,7 +28,7 @@ from simulators.offline import run_offline
 from tests.conftest import eventually
 from tests.desk_city import City, everything
 
-DAYS, SEED = 0.25, 506
+DAYS, SEED = 0.5, 506
 
 
 def moving(url: str) -> str:
