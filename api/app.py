@@ -77,11 +77,13 @@ def create_app(site: Site) -> FastAPI:
         console,
     ):
         app.include_router(module.router)
-    _handle_errors(app, site)
+    handle_errors(app, site)
     return app
 
 
-def _handle_errors(app: FastAPI, site: Site) -> None:
+def handle_errors(app: FastAPI, site: Site) -> None:
+    """Have an application answer every refusal as a problem."""
+
     def answer(problem: Problem) -> JSONResponse:
         return JSONResponse(
             problem.body(), problem.status_code, problem.headers or {}, media_type="application/problem+json"

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -21,6 +22,9 @@ from citybrain.clock import wait_s
 from citybrain.counters import Counters
 from citybrain.errors import CityBrainError, Unavailable
 from citybrain.layout import Layout
+
+if TYPE_CHECKING:
+    from api.boxes import Boxes
 
 FOLLOW_S = 0.2  # how often the log is looked at for newer values
 STOP_S = 1  # what answers under way get to end in
@@ -53,8 +57,16 @@ def listen(host: str, port: int) -> socket.socket:
 class Background(threading.Thread):
     """Follows the log and publishes the heartbeat, until `stop` is set."""
 
-    def __init__(self, latest: Latest, disk: DiskWatch, counters: Counters, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        latest: Latest,
+        disk: DiskWatch,
+        counters: Counters,
+        stop: threading.Event,
+        boxes: BoxWatch,
+    ) -> None:
         super().__init__(name="follow", daemon=True)
+        self._boxes = boxes
         self._latest = latest
         self._disk = disk
         self._counters = counters
@@ -66,16 +78,17 @@ class Background(threading.Thread):
             taken = self._guarded(self._latest.follow)
             self._counters.publish()
             self._guarded(self._disk.look)
+            self._guarded(self._boxes.look, "boxes")
             if not taken:
                 wait_s(FOLLOW_S, self._stop_event)
 
-    def _guarded(self, step: Callable[[], int | None]) -> int:
+    def _guarded(self, step: Callable[[], int | None], stage: str = "readings") -> int:
         """Do one step; what fails is counted and said, and the heartbeat goes on: values then are just not newer."""
         try:
             return step() or 0
         except (CityBrainError, OSError) as error:
-            self._counters.add("errors_total", stage="readings")
-            self._counters.warn(f"latest values: {error}")
+            self._counters.add("errors_total", stage=stage)
+            self._counters.warn(f"{stage}: {error}")
             return 0
 
 
@@ -95,13 +108,39 @@ def serve(layout: Layout) -> None:
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        background = Background(latest, site.disk, counters, stop)
+        boxes = BoxWatch(site)
+        background = Background(latest, site.disk, counters, stop, boxes)
         background.start()
         try:
             server.run(sockets=[taken])
         finally:
             stop.set()
             background.join(1.0)
+            boxes.stop()
+
+
+class BoxWatch:
+    """Serves boxes as soon as there is a certificate authority; without one nothing of it is loaded."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._boxes: Boxes | None = None
+
+    def look(self) -> None:
+        """Do what is due; called again and again. Raises as Boxes.look does."""
+        if self._boxes is None:
+            if not (self._site.layout.ca / "server.pem").exists():
+                return
+            from api.boxes import Boxes  # noqa: PLC0415  it needs us, and few runs need it
+            from api.pki.ca import Authority  # noqa: PLC0415
+
+            self._boxes = Boxes(self._site, Authority(self._site.layout))
+        self._boxes.look()
+
+    def stop(self) -> None:
+        """End what was begun."""
+        if self._boxes is not None:
+            self._boxes.stop()
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

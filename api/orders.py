@@ -11,10 +11,17 @@ from api.ledger import text
 from citybrain.clock import DAY_MS
 from citybrain.db.schema import asked, orders
 from citybrain.errors import NotFound, UsageError
+from citybrain.machine import Machine, Step
 from citybrain.mailbox import Command
 from citybrain.orders import WHATS
 
 T = TypeVar("T")
+# `expired` is no state: until somebody answers nobody knows whether it was done; whoever reads compares with `until`.
+ORDER = Machine(
+    "order",
+    "asked",
+    (Step("asked", "done", "done", "its_gateway_did_it"), Step("asked", "failed", "failed", "its_gateway_did_not")),
+)
 LONGEST_MS = 7 * DAY_MS
 MOST_BODY = 100 * 1024  # characters; what the gateway takes as a whole is in citybrain/orders.py
 
@@ -63,7 +70,7 @@ def order(clerk: Clerk, command: Command) -> str:
         reason=command.reason,
         at=clerk.now_ms,
         until=wanted.until,
-        state="asked",
+        state=ORDER.initial,
         answer="",
         answered_at=None,
     )
@@ -81,11 +88,13 @@ def answered(clerk: Clerk, command: Command) -> str:
     row = clerk.ledger.row(orders, "command", answer.order)
     if row is None or row["gateway"] != answer.gateway:
         raise NotFound(f"order {answer.order[:64]!r} to {answer.gateway[:80]}: no such order")
-    if row["state"] == "asked":
-        state = "done" if answer.ok else "failed"
-        clerk.ledger.set(orders, row["id"], state=state, answer=answer.text, answered_at=clerk.now_ms)
-        clerk.ledger.counts[f"orders_{state}"] += 1
-    return f"order {answer.order}: {'done' if answer.ok else 'failed'}"
+    moved = ORDER.find(row["state"], "done" if answer.ok else "failed")
+    if moved is None:
+        return f"order {answer.order}: {row['state']} already"
+    clerk.ledger.set(orders, row["id"], state=moved.after, answer=answer.text, answered_at=clerk.now_ms)
+    clerk.ledger.note(clerk.now_ms, "order", row["id"], moved, answer.gateway, answer=answer.text)
+    clerk.ledger.counts[f"orders_{moved.after}"] += 1
+    return f"order {answer.order}: {moved.after}"
 
 
 def _body(command: Command, kind: type[T]) -> T:

@@ -85,6 +85,14 @@ def wait_s(seconds: float, stop: threading.Event | None = None) -> bool:
     return stop.wait(max(0.0, seconds))
 
 
+def wait_until_s(at_s: float, spin_s: float = 0.000_15) -> None:
+    """Wait until `monotonic_s` is `at_s`, as exactly as can be: a sleep ends about 0.1 ms late, so the end is spun."""
+    if (sleep_s := at_s - spin_s - monotonic_s()) > 0:
+        wait_s(sleep_s)
+    while monotonic_s() < at_s:
+        pass
+
+
 def iso(at_ms: int) -> str:
     """Return Unix ms as ISO 8601 in UTC with milliseconds, e.g. `2026-01-01T00:00:00.123Z`."""
     moment = datetime.datetime.fromtimestamp(at_ms / 1000, datetime.UTC)

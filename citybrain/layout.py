@@ -80,6 +80,14 @@ class Layout(msgspec.Struct, frozen=True):
         return self.root / "secrets"
 
     @property
+    def ca(self) -> Path:
+        return self.root / "ca"
+
+    @property
+    def templates(self) -> Path:
+        return self.root / "templates"
+
+    @property
     def truth(self) -> Path:
         return self.root / "truth.jsonl"
 

@@ -127,9 +127,16 @@ class OsFiles:
 
     def replace(self, path: Path, data: bytes) -> None:
         """Write a whole file so that a crash leaves the old or the new one, never a mixture."""
+        self._replace(path, data, 0o666)
+
+    def replace_private(self, path: Path, data: bytes) -> None:
+        """Write a whole file as `replace` does, at no moment readable by anybody but its owner: a key."""
+        self._replace(path, data, 0o600)
+
+    def _replace(self, path: Path, data: bytes, mode: int) -> None:
         beside = path.with_name(f".{path.name}.{os.getpid()}.new")
         try:
-            with beside.open("wb") as file:
+            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from importlib import import_module
 from typing import IO, Any
 
@@ -24,6 +25,7 @@ from edge.drivers import DRIVERS
 from edge.mailbox import Alive, Answer, Blob, Dropped, Failed, Mailbox, Put, Said, Upward, blob_name
 
 SIGN_OF_LIFE_S = 0.25  # at most that often, a call that says nothing is told
+IMPORT_S = 60.0  # numpy and OpenCV from a slow card
 LAST_WORDS_S = 2.0  # a driver that does not end by then is ended
 
 
@@ -96,6 +98,9 @@ class Child:
             if mailbox.stopping:
                 self.tell(Stop())
             why = self._listen(mailbox)
+            assert process.stdin is not None
+            with suppress(OSError):  # it did not take all that was told
+                process.stdin.close()
         if not mailbox.stopping:
             raise Unavailable(why or f"its process ended with code {process.returncode}")
 
@@ -220,6 +225,7 @@ def main() -> int:
             return 1
         if isinstance(first, Clocked):
             host.ahead_ms = first.ahead_ms
+    host.send(Alive(IMPORT_S))
     threading.Thread(target=_take_orders, args=(down, host), daemon=True, name="orders").start()
     module = import_module(DRIVERS.get(first.driver, first.driver))
     config = msgspec.json.decode(first.config, type=module.Config, dec_hook=_duration)

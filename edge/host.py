@@ -32,6 +32,8 @@ HEALTHY_S = 60.0  # a driver that ran that long begins with the first back-off a
 MOST_ABANDONED = 3
 CLOCK_STEP_MS = 20  # of the gateway's time against the monotonic clock, told to processes
 QUALITY_HEARTBEAT_MS = 600_000  # where the driver has no heartbeat of its own
+LINE_EVERY_S = 10.0  # a device that comes and goes has a log line at most that often
+SAMPLE_EVERY_S = 60.0  # of what is dropped for one reason, one is shown that often
 
 log = logging.getLogger("edge")
 
@@ -127,6 +129,9 @@ class Supervised:
         self.limits = Limits(what.limits) if what.limits else None
         self.heartbeat_ms = int(what.report.heartbeat) if what.report is not None else QUALITY_HEARTBEAT_MS
         self.qualities: dict[str, tuple[Quality, int]] = {}  # by device, with when it was told last
+        self.whys: dict[str, str] = {}  # by device, what was said with it
+        self.shown: dict[str, tuple[Quality, float]] = {}  # by device, what its last log line said, and when
+        self.sampled: dict[str, float] = {}  # by reason, when what was dropped was shown last
         self.doubted: set[str] = set()  # devices that are distrusted because the driver failed
 
     def take(self) -> list[Upward]:
@@ -158,7 +163,6 @@ class Hosts:
         self._told_ahead_ms = 0
         self._blobs: list[tuple[str, bytes]] = []
         self._answers: list[Answer] = []
-        self._changes: dict[tuple[str, Quality, str], list[str]] = {}  # by driver, quality and reason: devices
         self._by_device: dict[str, str] = {}
         for name, one in self._drivers.items():
             for device in one.devices:
@@ -181,8 +185,8 @@ class Hosts:
         self._supervise()
         for one in self._drivers.values():
             self._tell_qualities(one, now_ms, found)
+            self._log_changes(one)
         self._tell_time()
-        self._log_changes()
         return found
 
     def blobs(self) -> list[tuple[str, bytes]]:
@@ -203,7 +207,9 @@ class Hosts:
             self._say(one, message.device, message.quality, message.why, now_ms, found)
         elif isinstance(message, Dropped):
             self._counters.drop(message.reason, message.amount)
-            if message.sample:
+            now_s = monotonic_s()
+            if message.sample and now_s - one.sampled.get(message.reason, -SAMPLE_EVERY_S) >= SAMPLE_EVERY_S:
+                one.sampled[message.reason] = now_s
                 self._counters.warn(f"{one.what.name}: {message.reason}: {message.sample}")
         elif isinstance(message, Blob):
             self._blobs.append((one.what.name, message.content))
@@ -238,24 +244,26 @@ class Hosts:
         self, one: Supervised, device: str, quality: Quality, why: str, now_ms: int, found: list[tuple[Lane, Reading]]
     ) -> None:
         before = one.qualities.get(device)
+        one.whys[device] = why
         if before is not None and before[0] is quality:
             return
         one.qualities[device] = (quality, now_ms)
         found.append((Lane.TELEMETRY, Reading(device, now_ms, {"quality": float(quality)})))
-        if quality is not Quality.GOOD or before is not None:
-            self._changes.setdefault((one.what.name, quality, why), []).append(device)
 
-    def _log_changes(self) -> None:
-        """Say what changed since the last call; what befell several devices at once in one line."""
-        for (name, quality, why), devices in self._changes.items():
+    def _log_changes(self, one: Supervised) -> None:
+        """Say what changed; what befell several devices at once in one line."""
+        now_s, changes = monotonic_s(), dict[tuple[Quality, str], list[str]]()
+        for device, (quality, _) in one.qualities.items():
+            said, said_s = one.shown.get(device, (Quality.GOOD, -LINE_EVERY_S))
+            if quality is not said and now_s - said_s >= LINE_EVERY_S:
+                one.shown[device] = (quality, now_s)
+                changes.setdefault((quality, one.whys[device]), []).append(device)
+        for (quality, why), devices in changes.items():
             who = ", ".join(devices[:3]) + (f" and {len(devices) - 3} more" if len(devices) > 3 else "")
             if quality is Quality.GOOD:
-                log.info("%s: %s: good again", name, who)
+                log.info("%s: %s: good again", one.what.name, who)
             else:
-                text = f"{name}: {who}: {quality.name.lower()}{': ' if why else ''}{why}"
-                log.warning(text)
-                self._counters.warn(text)
-        self._changes.clear()
+                self._counters.warn(f"{one.what.name}: {who}: {quality.name.lower()}{': ' if why else ''}{why}")
 
     def _tell_qualities(self, one: Supervised, now_ms: int, found: list[tuple[Lane, Reading]]) -> None:
         for device, (quality, told_ms) in one.qualities.items():
@@ -306,7 +314,6 @@ class Hosts:
         self._counters.add("errors_total", stage="driver")
         self._counters.add("restarts_total", driver=one.what.name)
         if why != one.trouble:
-            log.error("%s: %s; it is started again", one.what.name, why)
             self._counters.warn(f"{one.what.name}: {why}")
             one.trouble = why
 
@@ -339,6 +346,15 @@ class Hosts:
     def qualities(self) -> dict[str, Quality]:
         """Return how far each device that was spoken of can be trusted now."""
         return {device: said[0] for one in self._drivers.values() for device, said in one.qualities.items()}
+
+    def reasons(self) -> dict[str, str]:
+        """Return why a device cannot be trusted now, for those that cannot."""
+        return {
+            device: f"{quality.name.lower()}{': ' if one.whys[device] else ''}{one.whys[device]}"
+            for one in self._drivers.values()
+            for device, (quality, _) in one.qualities.items()
+            if quality is not Quality.GOOD
+        }
 
     def ask(self, request: Request) -> bool:
         """Pass a request to the driver of its device, or to all where it names none; return whether one took it."""

@@ -98,7 +98,7 @@ class Mailbox:
     def take(self, message: Upward) -> None:
         """Keep what the driver says."""
         with self._changed:
-            self.alive_until_s = max(self.alive_until_s, monotonic_s())
+            self.alive_until_s = monotonic_s()
             if self._closed:
                 self.ignored += 1
             elif isinstance(message, Alive):
@@ -135,7 +135,7 @@ class Mailbox:
     def requests(self) -> list[Request]:
         """Return what was asked since the last call."""
         with self._changed:
-            self.alive_until_s = max(self.alive_until_s, monotonic_s())
+            self.alive_until_s = monotonic_s()
             asked, self._requests = self._requests, []
             return asked
 
@@ -179,8 +179,8 @@ class MailboxHost:
         return self._clock.now_ms()
 
     def mono_s(self) -> float:
-        self._mailbox.alive_until_s = max(self._mailbox.alive_until_s, monotonic_s())
-        return monotonic_s()
+        self._mailbox.alive_until_s = now_s = monotonic_s()
+        return now_s
 
     def put(self, lane: Lane, reading: Reading) -> None:
         self._mailbox.take(Put(lane, reading))

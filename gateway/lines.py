@@ -9,7 +9,7 @@ from citybrain.counters import Counters
 from citybrain.errors import NotFound, UsageError
 from citybrain.model import Lane, Reading
 from citybrain.orders import Order
-from edge.driver import Quality, Request
+from edge.driver import Request
 from edge.host import Hosts
 from gateway.config import GatewayConfig
 
@@ -69,10 +69,7 @@ class Lines:
     def wrong(self) -> dict[str, str]:
         """Return what is wrong now, by driver or device."""
         found = {f"driver {name}": why for name, why in self.hosts.troubles().items()}
-        for device, quality in self.hosts.qualities().items():
-            if quality is not Quality.GOOD:
-                found[f"device {device}"] = quality.name.lower()
-        return found
+        return found | {f"device {device}": why for device, why in self.hosts.reasons().items()}
 
 
 def _summed(one: _Waiting) -> tuple[bool, str]:

@@ -21,8 +21,7 @@ INTERRUPTED = "the gateway was restarted while it did this; it is not done again
 
 
 class _Known(msgspec.Struct):
-    order: Order
-    answer: Answer | None = None
+    answer: Answer | None = None  # None: begun
 
 
 class _File(msgspec.Struct):
@@ -55,7 +54,7 @@ class Orders:
                 self._counters.warn(f"{self._path}: {error}; set aside: an order that is repeated now is done again")
         for id, known in self._known.items():
             if known.answer is None and id != goes_on:
-                self.answered(id, False, INTERRUPTED, known.order.until)
+                self.answered(id, False, INTERRUPTED, 0)  # nobody knows when
 
     def take(self, payload: bytes, now_ms: int, *, dated: bool = True) -> Order | None:
         """Return the order if it is to be done now; None where it is a repeat, too late or none at all.
@@ -74,7 +73,7 @@ class Orders:
             if known.answer is not None:
                 self._replies[order.id] = known.answer
             return None
-        self._known[order.id] = _Known(order)
+        self._known[order.id] = _Known()
         if not self._keep():  # nothing was done, and a repeat finds us as ignorant as before
             del self._known[order.id]
             self._replies[order.id] = Answer(order.id, False, f"{self._path} cannot be written: not done", now_ms)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import FrameType
 from typing import TypeVar
 
 import msgspec
 
 from citybrain.clock import monotonic_s, real_unix_ms
-from citybrain.errors import CityBrainError, ConfigError, StorageError, UsageError
+from citybrain.errors import CityBrainError, StorageError, UsageError
 from citybrain.layout import Layout
 from citybrain.orders import WHATS, Order
 from gateway.box import MARK, ORDERS, Box, sole
@@ -16,7 +17,7 @@ from gateway.config import GatewayConfig, read_config
 from gateway.journal import JournalCounters
 from gateway.orders import Orders
 from gateway.times import BoxClock
-from gateway.trial import Configure, Store, Trial, checked
+from gateway.trial import MOST_STARTS, Configure, Store, Trial, checked
 from gateway.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -43,7 +44,6 @@ class GatewayProcess:
         self._stopping = False
         self._trial: Trial | None = None
         self._trial_until_s = 0.0
-        self._wrong_before: dict[str, str] = {}
         self._again = False
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
@@ -57,8 +57,16 @@ class GatewayProcess:
             clock = BoxClock(self.layout.run / MARK, self.counters)
             while not self._stopping:
                 self._again = False
-                self._serve(self._configuration(), clock)
+                self._attempt(clock)
             self._watchdog.stopping()
+
+    def _attempt(self, clock: BoxClock) -> None:
+        try:
+            self._serve(read_config(self._store.current), clock)
+        except CityBrainError as error:
+            if self._trial is None:
+                raise
+            self._decided(self._trial, False, f"rolled back: {error}")
 
     def _recover(self) -> None:
         self.counters.resume()
@@ -71,15 +79,10 @@ class GatewayProcess:
             self._decided(self._trial, said.ok, "")
         elif not self._store.in_force(self._trial):
             self._decided(self._trial, False, "the power went before it was in force; the one before is kept")
-
-    def _configuration(self) -> GatewayConfig:
-        try:
-            return read_config(self._store.current)
-        except ConfigError as error:
-            if self._trial is None:
-                raise
-            self._decided(self._trial, False, f"rolled back: {error}")
-            return read_config(self._store.current)
+        elif self._trial.starts >= MOST_STARTS:
+            self._decided(self._trial, False, f"rolled back: the process ended {MOST_STARTS} times with it")
+        else:
+            self._trial = self._store.started(self._trial)
 
     def _serve(self, config: GatewayConfig, clock: BoxClock) -> None:
         box = Box(self.layout.root, config, self.counters, clock, self._orders, self._watchdog)
@@ -87,7 +90,7 @@ class GatewayProcess:
         try:
             if self._trial is not None:
                 self._trial_until_s = monotonic_s() + self._trial.trial_s
-            self.counters.say(f"{config.gateway}: {len(config.drivers)} drivers, broker {config.broker.host}")
+            self.counters.say(f"{config.gateway}: broker {config.broker.host}, drivers: {len(config.drivers)}")
             self._watchdog.ready()
             while not (self._stopping or self._again):
                 for order in box.step():
@@ -137,15 +140,14 @@ class GatewayProcess:
         wanted = checked(order.body, box.config)
         if wanted.sha256 == self._store.sha256():
             return f"unchanged: {wanted.sha256} was in force already"
-        self._wrong_before = box.lines.wrong()
-        self._trial = self._begin(order, wanted)
+        self._trial = self._begin(order, wanted, box.lines.wrong())
         self.counters.say(f"configuration {wanted.sha256[:12]} on trial for {wanted.trial_s:g} s")
         self._again = True
         return ""
 
-    def _begin(self, order: Order, wanted: Configure) -> Trial:
+    def _begin(self, order: Order, wanted: Configure, wrong: Mapping[str, str]) -> Trial:
         try:
-            return self._store.begin(order.id, wanted)
+            return self._store.begin(order.id, wanted, wrong)
         except StorageError:
             self._store.abandon()
             raise
@@ -154,16 +156,17 @@ class GatewayProcess:
         """Keep the configuration on trial, or go back to the one before, when its time is over."""
         if self._trial is None or self._again or monotonic_s() < self._trial_until_s:
             return
-        wrong = self._wrong(box)
+        wrong = self._wrong(box, self._trial)
         if not wrong:
             self._decided(self._trial, True, f"kept: {self._trial.sha256}")
             return
         self._decided(self._trial, False, f"rolled back to the one before: {'; '.join(wrong)}")
         self._again = True
 
-    def _wrong(self, box: Box) -> list[str]:
+    @staticmethod
+    def _wrong(box: Box, trial: Trial) -> list[str]:
         wrong = [] if box.service.ready else [f"no connection: {box.service.reason or 'not yet'}"]
-        wrong += [f"{name}: {why}" for name, why in box.lines.wrong().items() if name not in self._wrong_before]
+        wrong += [f"{name}: {why}" for name, why in box.lines.wrong().items() if name not in trial.wrong_before]
         return wrong
 
     def _decided(self, trial: Trial, ok: bool, text: str) -> None:

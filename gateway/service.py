@@ -15,35 +15,34 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from citybrain.clock import Clock, monotonic_s, real_unix_ms, system_clock
-from citybrain.errors import ConfigError
 from citybrain.wire import Status, encode_json, topic
-from gateway.config import Tls
+from gateway.dial import Broker, Dial
 from gateway.spool import Spool
-from gateway.tls import client_context, failure, refusal
 from gateway.uplink import Uplink
 
+__all__ = ["Broker", "GatewayService", "poll_all"]
+
 KEEPALIVE_S = 15
-CONNECT_TIMEOUT_S = 2.0  # of the TCP connection, which blocks the process
 READY_TIMEOUT_S = 10.0  # until the broker confirmed the subscription
 FIRST_RETRY_S = 0.25
 MOST_RETRY_S = 8.0
+SAY_AGAIN_S = 3600.0
+MOST_REASONS = 16
 ASK_AGAIN_S = 300.0  # between two questions why the broker hangs up: each costs it a handshake
 TCP_BYTES = struct.Struct("=120x2Q")  # tcpi_bytes_acked, tcpi_bytes_received in struct tcp_info, linux/tcp.h
 
 
-class Broker(msgspec.Struct, frozen=True):
-    """Where the broker is and who we are to it. The files of `tls` are read anew for every connection."""
+class _Client(paho.Client):
+    """paho on a line that is there already (`_create_socket` is what it would open one with; paho-mqtt 2.1)."""
 
-    host: str
-    port: int
-    username: str | None = None
-    password: str | None = None
-    tls: Tls | None = None
+    line: socket.socket
+
+    def _create_socket(self) -> socket.socket:
+        return self.line
 
 
 class GatewayService:
@@ -85,8 +84,11 @@ class GatewayService:
         self._wall_ms = wall_ms  # what certificates are judged by
         self._command_topic = topic(shard, gateway, "command")
         self._reply_topic = topic(shard, gateway, "reply")
-        self.reason = ""  # why there is no connection, as it was said last
+        self.reason = ""  # why there is no connection
+        self._said_s: dict[str, float] = {}  # when each reason was said last
         self._asked_s = -ASK_AGAIN_S
+        self._ask = False
+        self._dial: Dial | None = None
         self._counted = (0, 0)
 
     @property
@@ -101,9 +103,16 @@ class GatewayService:
 
     def cut(self) -> None:
         """Lose the network at once and stay without, as a broken line does: the broker publishes the will."""
-        self._cut = True
+        self._hang_up()
         if self._client is not None:
             self._lost("cut")
+
+    def _hang_up(self) -> None:
+        """Dial no more, and give up what is being dialled."""
+        self._cut = True
+        if self._dial is not None:
+            self._dial.abandon()
+        self._dial = None
 
     def restore(self) -> None:
         """End `cut`: connect again at the next poll."""
@@ -122,7 +131,7 @@ class GatewayService:
                 self._wait(left_s)
             if self._client is client:
                 client.disconnect()
-        self._cut = True
+        self._hang_up()
         if self._client is not None:
             self._lost("")
 
@@ -164,7 +173,7 @@ class GatewayService:
         if self._client is None:
             if self._cut or mono_s < self._retry_s:
                 return
-            self._connect(mono_s)
+            self._connect()
         client = self._client
         if client is None:
             return
@@ -201,13 +210,25 @@ class GatewayService:
 
     # --- connection ---
 
-    def _connect(self, mono_s: float) -> None:
-        client = paho.Client(
+    def _connect(self) -> None:
+        """Dial, and greet the broker as soon as there is a line."""
+        if self._dial is None:
+            self._dial = Dial(self._broker, self._wall_ms, ask=self._ask)
+            self._dial.start()
+        if not self._dial.done:
+            return
+        dial, self._dial, self._ask = self._dial, None, False
+        if dial.line is None:
+            self._lost(dial.failed, "connect")
+        else:
+            self._greet(dial.line)
+
+    def _greet(self, line: Any) -> None:
+        client = _Client(
             CallbackAPIVersion.VERSION2, self.gateway, clean_session=True, protocol=paho.MQTTv311,
             reconnect_on_failure=False,
         )  # fmt: skip
         client.max_inflight_messages = 0  # no limit of its own: a second queue would hide what is under way
-        client.connect_timeout = CONNECT_TIMEOUT_S
         if self._broker.username is not None:
             client.username_pw_set(self._broker.username, self._broker.password)
         client.on_socket_open = self._on_socket_open
@@ -216,42 +237,34 @@ class GatewayService:
         client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
         client.on_publish = self._on_publish
-        self._client, self._since_s, self._refused = client, mono_s, ""
+        client.line = line
+        self._client, self._since_s, self._refused = client, monotonic_s(), ""
         try:
-            if self._broker.tls is not None:
-                client.tls_set_context(client_context(self._broker.tls))
             client.connect(self._broker.host, self._broker.port, KEEPALIVE_S)
-        except OSError as error:
-            self._lost(f"{self._broker.host}:{self._broker.port}: {self._why(error)}", "connect")
-        except ConfigError as error:  # a file of ours: whoever renews it need not start us again
-            self._lost(str(error), "connect")
-
-    def _why(self, error: OSError) -> str:
-        if isinstance(error, ConnectionResetError | ssl.SSLEOFError):
-            return self._unexplained(error.strerror or str(error))
-        return failure(error, self._broker.host, self._wall_ms())
-
-    def _unexplained(self, why: str) -> str:
-        """Return why the broker hung up before it let us in, asking it once in a while; `why` is all that is known."""
-        tls, now_s = self._broker.tls, monotonic_s()
-        if tls is None:
-            return why
-        if now_s - self._asked_s < ASK_AGAIN_S:
-            return self.reason or why
-        self._asked_s = now_s
-        found = refusal(self._broker.host, self._broker.port, tls, self._wall_ms())
-        return found or f"the broker hung up without a reason ({why}); its log has one"
+        except OSError as error:  # it broke again before CONNECT was written
+            self._lost(error.strerror or str(error))
 
     def _check(self, code: MQTTErrorCode) -> None:
         if self._client is None:
             return
         if code not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_AGAIN) or self._client.socket() is None:
             why = paho.error_string(code)
-            self._lost(self._refused or (why if self.ready else self._unexplained(why)))
+            if self._refused or self.ready or not self._unexplained():
+                self._lost(self._refused or (why if self.ready else self.reason or why))
+            else:
+                self._lost("")
+
+    def _unexplained(self) -> bool:
+        """Return whether the next dial is to find out why the broker hung up on our certificate."""
+        now_s = monotonic_s()
+        if self._broker.tls is None or now_s - self._asked_s < ASK_AGAIN_S:
+            return False
+        self._asked_s, self._ask = now_s, True
+        return True
 
     def _lost(self, why: str, stage: str = "connection") -> None:
-        """Forget the connection; say so once, and again where the reason is another, not at every try."""
-        client, was_ready = self._client, self.ready
+        """Forget the connection; say why where that is news, not at every try."""
+        client = self._client
         self._client, self.ready, self._unconfirmed = None, False, 0
         self._inbox.clear()
         self.uplink.disconnected()
@@ -261,12 +274,19 @@ class GatewayService:
             sock.close()
         if why:
             self.uplink.counters.add("errors_total", stage=stage)
-            if was_ready or why != self.reason:
-                self.uplink.counters.warn(f"gateway {self.gateway}: no connection: {why}")
-            self.reason = why
+            self._say(why)
         self._counted = (0, 0)
         self._retry_s = monotonic_s() + self._delay_s * self._jitter.uniform(0.5, 1.0)
         self._delay_s = min(2 * self._delay_s, MOST_RETRY_S)
+
+    def _say(self, why: str) -> None:
+        """Say why there is no connection; where two reasons take turns, each only once an hour."""
+        now_s, self.reason = monotonic_s(), why
+        if now_s - self._said_s.get(why, -SAY_AGAIN_S) >= SAY_AGAIN_S:
+            self._said_s[why] = now_s
+            self.uplink.counters.warn(f"gateway {self.gateway}: no connection: {why}")
+        if len(self._said_s) > MOST_REASONS:
+            del self._said_s[next(iter(self._said_s))]
 
     def count_bytes(self) -> None:
         """Bring `sent_bytes_total` and `received_bytes_total` up to date."""
@@ -314,6 +334,7 @@ class GatewayService:
             client.disconnect()
             return
         self.ready, self._delay_s, self.reason, self._asked_s = True, FIRST_RETRY_S, "", -ASK_AGAIN_S
+        self._said_s.clear()
         self.uplink.counters.add("connections_total")
         self.uplink.connected(monotonic_s())
         self._publish_status(client, online=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,7 @@ from citybrain.storage import OS_FILES, Files
 from gateway.config import FILE, GatewayConfig, parse_config
 
 TRIAL_MS = MINUTE_MS
+MOST_STARTS = 3
 MOST_TRIAL_MS = 30 * MINUTE_MS
 
 
@@ -30,11 +32,17 @@ class Configure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """`trial.json`: which order, which text (SHA-256), for how long."""
+    """`trial.json`: which order, which text (SHA-256), for how long.
+
+    wrong_before: what was wrong with the configuration before; it is not held against the new one. starts: how often a
+    process began with the new one; one that ends again and again must not keep it for ever.
+    """
 
     id: str
     sha256: str
     trial_s: float
+    wrong_before: tuple[str, ...] = ()
+    starts: int = 0
 
 
 def sha256(text: bytes) -> str:
@@ -68,9 +76,9 @@ class Store:
         self._trial = folder / "trial.json"
         self._files = files
 
-    def begin(self, order: str, wanted: Configure) -> Trial:
+    def begin(self, order: str, wanted: Configure, wrong_before: Iterable[str]) -> Trial:
         """Put a new configuration in force, on trial."""
-        trial = Trial(order, wanted.sha256, wanted.trial_s)
+        trial = Trial(order, wanted.sha256, wanted.trial_s, tuple(wrong_before))
         self._files.replace(self.previous, self._files.read(self.current))
         self._files.replace(self._trial, msgspec.json.encode(trial))
         self._files.replace(self.current, wanted.config.encode())
@@ -85,6 +93,12 @@ class Store:
         except (msgspec.DecodeError, UnicodeDecodeError):  # never whole: the new configuration was not in force yet
             self._files.remove(self._trial)
             return None
+
+    def started(self, trial: Trial) -> Trial:
+        """Note that one more process begins with the new configuration."""
+        trial = msgspec.structs.replace(trial, starts=trial.starts + 1)
+        self._files.replace(self._trial, msgspec.json.encode(trial))
+        return trial
 
     def sha256(self) -> str:
         """Return the hash of the configuration in force."""

@@ -7,6 +7,7 @@ from collections import deque
 from citybrain.clock import SECOND_MS, monotonic_s
 from citybrain.counters import Counters
 from citybrain.model import Lane, Reading
+from edge.driver import Quality
 from gateway.spool import Spool
 from gateway.times import BoxClock
 
@@ -16,7 +17,9 @@ MARKS = 60  # of the last hour's bytes
 
 
 class Vitals:
-    """A source (`edge.agent.Source`): `uptime_s`, `spooled`, `clock_offset_s`, `uplink_kb_per_h` (both directions)."""
+    """A source (`edge.agent.Source`): `uptime_s`, `spooled`, `clock_offset_s`, `uplink_kb_per_h` (both directions), and
+    `quality`, which says that what we tell has no sure time where the clock is not set.
+    """
 
     def __init__(self, gateway: str, spool: Spool, clock: BoxClock, counters: Counters) -> None:
         self._gateway = gateway
@@ -32,9 +35,10 @@ class Vitals:
         return monotonic_s() - self._since_s
 
     def poll(self, now_ms: int) -> list[tuple[Lane, Reading]]:
-        """Return a reading where one is due, at full 10 s so that gateways can be compared."""
+        """Return a reading where one is due: at once, then at full 10 s so that gateways can be compared."""
         if 0 <= self._due_ms - now_ms <= EVERY_MS:
             return []
+        at_ms = now_ms - now_ms % EVERY_MS if self._due_ms else now_ms  # the process before may have told the full 10 s
         self._due_ms = now_ms - now_ms % EVERY_MS + EVERY_MS
         values = {
             "uptime_s": round(self.uptime_s, 1),
@@ -43,7 +47,8 @@ class Vitals:
         }
         if not self._clock.unset:
             values["clock_offset_s"] = round(self._clock.offset_s, 3)
-        return [(Lane.TELEMETRY, Reading(self._gateway, now_ms - now_ms % EVERY_MS, values))]
+        values["quality"] = float(Quality.CLOCK_UNSET if self._clock.unset else Quality.GOOD)
+        return [(Lane.TELEMETRY, Reading(self._gateway, at_ms, values))]
 
     def _per_hour(self) -> float:
         now_s, total = monotonic_s(), self._bytes()

@@ -138,6 +138,10 @@ class Ingest:
         if last is not None and status.serial == last.serial and status.connection < last.connection:
             self.counters.drop("stale_status")
             return
+        if status.online and last is not None and last.serial not in ("", status.serial):
+            self.counters.add("boards_total")
+            what = "it was replaced, or its card was cloned: two that take turns are a clone (docs/security.md)"
+            self.counters.warn(f"gateway {gateway}: board {status.serial!r}, before it {last.serial!r}: {what}")
         self.counters.add("status_total")
         self.gateways[gateway] = GatewayStatus(status.connection, status.online, status.at, status.serial, status.spool)
         self.counters.details["gateways"] = self.gateways

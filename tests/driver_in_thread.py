@@ -18,10 +18,11 @@ held = threading.Event()  # what a hanging driver waits for, behind its host's b
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """behaviour: `count` readings 0, 1, 2, …; `hang` after one; `crash` after one; `exit` the process; `flood`."""
+    """behaviour: `count` readings 0, 1, 2, …; `hang` after one; `crash` after one; `exit` the process; `flood`;
+    `flap`: be good at every other reading; `nan`: say no number."""
 
     device: str
-    behaviour: Literal["count", "hang", "crash", "exit", "flood", "ask", "nan"] = "count"
+    behaviour: Literal["count", "hang", "crash", "exit", "flood", "flap", "nan"] = "count"
     interval_s: float = 0.02
 
     def devices(self) -> tuple[str, ...]:
@@ -45,6 +46,8 @@ class Scripted:
             for _ in range(10_000 if behaviour == "flood" else 1):
                 host.put(Lane.TELEMETRY, Reading(device, host.now_ms(), {"value": value, "battery_v": 3.6}))
             host.put(Lane.EVENT, Reading(device, host.now_ms(), {"fault_code": float(number)}))
+            if behaviour == "flap":
+                host.quality(device, (Quality.GOOD, Quality.NO_ANSWER)[number % 2], f"try {number}")
             if behaviour == "hang":
                 held.wait()
                 host.put(Lane.TELEMETRY, Reading(device, host.now_ms(), {"value": -1.0}))

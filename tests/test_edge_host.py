@@ -234,6 +234,17 @@ def test_quality_is_told_with_the_heartbeat_though_the_device_is_silent(boxes: l
     assert [(one.observed_at, one.values["quality"]) for one in again] == [(clock.now_ms(), Quality.NO_ANSWER)]
 
 
+def test_a_device_that_comes_and_goes_does_not_flood_the_log(boxes: list[Box]) -> None:
+    box = Box(driver("a", "flap"))
+    boxes.append(box)
+    box.until(lambda: len(box.values("dev-a", "quality")) >= 20)
+    assert box.values("dev-a", "quality")[:4] == [1, 0, 1, 0]
+    assert len(box.counters.warnings) <= 1  # none where every poll saw it good again
+    assert all(one.startswith("a: dev-a: no_answer: try ") for one in box.counters.warnings)
+    reasons = box.hosts.reasons()
+    assert not reasons or reasons["dev-a"].startswith("no_answer: try ")
+
+
 def test_one_device_of_two_drivers_is_refused() -> None:
     twice = (driver("a"), Configured("b", THREAD, driver_in_thread.Config("dev-a")))
     with pytest.raises(ConfigError, match=r"drivers\.b: device 'dev-a' is already of a"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from citybrain.clock import real_unix_ms
+from citybrain.clock import monotonic_s, real_unix_ms
 from citybrain.errors import ConfigError
 from citybrain.model import Lane, Reading
 from gateway.certificate import read_certificate
@@ -187,6 +188,36 @@ def test_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path, site: S
         eventually(lambda: polled(service) and service.ready, 15, "a connection with the new certificate")
         assert len(refused_once) == 1, "the same reason is said once"
         service.close()
+
+
+def test_a_broker_that_says_nothing_holds_nobody_up(tmp_path: Path, site: Site) -> None:
+    with socket.create_server(("127.0.0.1", site.port)):
+        service = opened(tmp_path, site, site.tls())
+        longest_s = 0.0
+        while not service.uplink.counters.warnings:
+            began_s = monotonic_s()
+            service.poll(0.02)
+            longest_s = max(longest_s, monotonic_s() - began_s)
+        assert "no answer in time" in service.uplink.counters.warnings[0]
+        assert longest_s < 1.5, "TLS waits for 2 s, but not here"
+        service.close()
+
+
+def test_what_is_dialled_when_the_line_is_cut_is_given_up(tmp_path: Path, site: Site) -> None:
+    with socket.create_server(("127.0.0.1", site.port)) as server:
+        service = opened(tmp_path, site, site.tls())
+        service.poll(0.0)
+        line, _ = server.accept()
+        service.cut()
+        line.close()
+        service.poll(0.05)
+        assert not service.uplink.counters.warnings
+        service.close()
+
+
+def test_a_name_that_is_not_known_is_said(tmp_path: Path, site: Site) -> None:
+    said = refused(opened(tmp_path, site, site.tls(), host="no-such-host.invalid"))
+    assert "its name is not known" in said
 
 
 def test_a_plain_port_is_named(tmp_path: Path, site: Site) -> None:

@@ -115,6 +115,16 @@ def test_lines_become_readings_and_rubbish_is_counted_with_a_sample(sites: list[
     assert 'half_line: {"d":"probe"' in told
 
 
+def test_a_flood_of_rubbish_is_counted_and_shown_once(sites: list[Site], free_port: int) -> None:
+    sites.append(site := Site(f"listen: {free_port}\n{COMMON}"))
+    with connected(free_port) as client:
+        client.sendall(b"".join(b"rubbish %d\n" % number for number in range(2000)))
+        site.until(lambda: site.dropped("no_json_line") == 2000, "all counted")
+    assert [one for one in site.counters.warnings if "rubbish" in one] == [
+        "kit: no_json_line: JSON is malformed: invalid character (byte 0): rubbish 0"
+    ]
+
+
 def test_who_goes_away_is_unplugged_and_good_again_when_back(sites: list[Site], free_port: int) -> None:
     sites.append(site := Site(f"listen: {free_port}\n{COMMON}"))
     for _ in range(2):

@@ -24,7 +24,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 # Imports every module of a package with the server's libraries hidden, and prints how many it was.
 PI = """
 import importlib, pkgutil, sys
-HIDDEN = set("numpy numba sqlalchemy alembic pydantic fastapi uvicorn httpx amqtt serial cv2".split())
+HIDDEN = set("numpy numba sqlalchemy alembic pydantic fastapi uvicorn httpx amqtt cv2".split())
 class Hide:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in HIDDEN:

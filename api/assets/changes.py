@@ -257,6 +257,39 @@ def move(book: Book, code: str, event: str, at_ms: int, reason: str) -> Changes:
     return Changes(book.version, (after,), notes=(Note(code, moved),))
 
 
+class Sheet(msgspec.Struct, frozen=True):
+    """A gateway has been commissioned: `sheet` is the signed sheet's hash, `devices` are those that were seen."""
+
+    gateway: str
+    sheet: str
+    devices: tuple[str, ...]
+    lon: float
+    lat: float
+
+
+def commission_gateway(book: Book, wish: Sheet) -> Changes:
+    """Return what a commissioning sheet changes: what was on trial behind the gateway and was seen is in service.
+
+    Raises NotFound where the ledger has no such gateway.
+    """
+    if wish.gateway not in book.gateways:
+        raise NotFound(f"gateway {wish.gateway[:60]!r}: not in the ledger")
+    said = set(wish.devices)
+    details = {"sheet": wish.sheet}
+    after, notes = [], []
+    for asset in book.assets.values():
+        if asset.gateway == wish.gateway and asset.code in said and asset.state == "commissioning":
+            moved = ASSET.move("commissioning", "activate")
+            after.append(msgspec.structs.replace(asset, state=moved.after))
+            notes.append(Note(asset.code, moved, details))
+    own = book.assets.get(wish.gateway)
+    if own is not None:
+        moved = ASSET.move(own.state, "activate" if own.state == "commissioning" else "edit")
+        after.append(msgspec.structs.replace(own, state=moved.after))
+        notes.append(Note(own.code, moved, {**details, "lon": wish.lon, "lat": wish.lat, "devices": len(wish.devices)}))
+    return Changes(book.version, tuple({one.code: one for one in after}.values()), notes=tuple(notes))
+
+
 def asset_of(book: Book, code: str) -> Asset:
     """Return an asset; raises NotFound."""
     found = book.assets.get(code)

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, select
 
 from api.assets import views
 from api.assets.book import Book
-from api.assets.changes import asset_of, encode_changes
+from api.assets.changes import asset_of, encode_changes, near
 from api.assets.findings import errors, report
 from api.assets.importing import Result, read_import, sources_of
 from citybrain.cli import Subcommand, emit
@@ -24,7 +24,7 @@ from citybrain.config import duration_ms
 from citybrain.counters import read_heartbeats
 from citybrain.db.schema import commands, orders
 from citybrain.db.store import open_store, refusals
-from citybrain.errors import EXIT_CONFIG, EXIT_FAILED, UsageError
+from citybrain.errors import EXIT_CONFIG, EXIT_FAILED, NotFound, UsageError
 from citybrain.i18n import text
 from citybrain.layout import Layout, Run, blob_name
 from citybrain.mailbox import Command, Mailbox
@@ -154,6 +154,26 @@ def _adopt(desk: Desk) -> int:
         place = views.place_at(book, args.lon, args.lat, args.crs, args.address)
         body["place"] = msgspec.to_builtins(place)
     return desk.tell("asset_adopt", body)
+
+
+def _enrol_code(desk: Desk) -> int:
+    """Make a one-time code for a gateway of the ledger. The authority's journal has it, not the desk."""
+    from api import enrolment  # noqa: PLC0415  no other action needs keys
+    from api.pki.ca import Authority  # noqa: PLC0415
+
+    args, book = desk.args, desk.book()
+    if args.gateway not in book.gateways:
+        raise NotFound(f"gateway {args.gateway!r}: not in the ledger; there are {near(book.gateways)}")
+    try:
+        ttl_ms = duration_ms(args.ttl)
+    except ValueError as error:
+        raise UsageError(f"--ttl: {error}") from None
+    made = enrolment.invite(Authority(desk.layout), args.gateway, ttl_ms, args.actor, args.reason)
+    if args.qr:
+        sys.stdout.write(enrolment.draw(made.text, args.qr))
+    told = {"gateway": made.gateway, "code": made.code, "until": iso(made.until_ms), "url": made.url}
+    emit({**told, "fingerprint": made.fingerprint, "qr": made.text}, as_json=args.json)
+    return 0
 
 
 def _replace(desk: Desk) -> int:
@@ -314,6 +334,7 @@ ACTIONS: dict[str, Callable[[Desk], int]] = {
     "quarantine": _quarantine,
     "adopt": _adopt,
     "replace": _replace,
+    "enrol-code": _enrol_code,
     "commission": _mover("commission"),
     "activate": _mover("activate"),
     "retire": _mover("retire"),
@@ -338,6 +359,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
             one.add_argument("--wait", type=float, default=30.0, metavar="S", help="how long to wait for the desk")
     _import_arguments(made["import"])
     _adopt_arguments(made["adopt"])
+    made["enrol-code"].add_argument("gateway", help="its id in the ledger")
+    made["enrol-code"].add_argument("--ttl", default="7d", help="how long the code is valid, such as 7d")
+    made["enrol-code"].add_argument("--qr", default="", metavar="FILE", help=".svg, .png, or `terminal`")
     made["replace"].add_argument("asset")
     made["replace"].add_argument("sensor", metavar="wire_id")
     for name in ("show", "history", "commission", "activate", "retire"):

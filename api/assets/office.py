@@ -17,8 +17,10 @@ from api.assets.changes import (
     Changes,
     Move,
     Replace,
+    Sheet,
     adopt,
     check,
+    commission_gateway,
     decode_changes,
     move,
     replace,
@@ -133,6 +135,14 @@ def _mover(event: str, done: str) -> Callable[[Clerk, Command], str]:
     return handle
 
 
+def _commission_gateway(clerk: Clerk, command: Command) -> str:
+    wish, book = _body(command, Sheet), _book(clerk)
+    changes = commission_gateway(book, wish)
+    _write(clerk, changes, command)
+    passed = sum(note.moved.event == "activate" for note in changes.notes)
+    return f"gateway {wish.gateway}: commissioned by {command.actor}, {passed} in service now"
+
+
 # --- registers --------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +224,7 @@ HANDLERS: dict[str, Handler] = {
     "asset_commission": _mover("commission", "on trial: its alarms show, and open no case"),
     "asset_activate": _mover("activate", "in service"),
     "asset_retire": _mover("retire", "retired"),
+    "gateway_commission": _commission_gateway,
     "register_enter": _enter,
     "register_cancel": _cancel,
 }

@@ -3,7 +3,8 @@
 A module has `Config` (a frozen msgspec struct that refuses unknown fields; `devices()` names its devices),
 `make(name, config) -> edge.driver.Driver`, `PROCESS` (True: it runs in a process of its own), and
 `DEADLINE_S` (after so many seconds without a call of its host it is taken to hang). It is imported only where it is
-configured, so that a gateway without a camera needs no numpy.
+configured, so that a gateway without a camera needs no numpy. The gateway's own process imports it for its `Config`: a
+module with `PROCESS` imports numpy and the like inside its functions, where only its child comes.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from citybrain.config import Duration
 from citybrain.model import Lane, Reading
 from citybrain.units import CONVERSIONS, METRICS
 from edge.driver import Host, Quality
+from edge.serial_port import open_port
 
 PROCESS = False
 DEADLINE_S = 15.0
@@ -296,7 +297,7 @@ def _shown(line: bytes) -> str:
 
 @contextmanager
 def _serial(port: str, baud: int) -> Iterator[Stream]:
-    with serial.Serial(port, baud, timeout=0, exclusive=True) as opened:
+    with open_port(port, baud) as opened:
         yield SerialStream(opened)
 
 

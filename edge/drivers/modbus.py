@@ -18,7 +18,7 @@ from pymodbus.pdu.register_message import ReadHoldingRegistersRequest, ReadInput
 from citybrain.config import Duration
 from citybrain.model import Lane, Reading
 from edge.driver import Host, Quality, Request
-from edge.drivers.registers import Block, RegisterMap, blocks, known_maps, load_map
+from edge.drivers.registers import Block, Register, RegisterMap, blocks, known_maps, load_map
 
 DEADLINE_S = 15.0
 LONGEST_TIMEOUT_MS = 5000
@@ -106,11 +106,17 @@ def refusal(function: int, address: int, code: int) -> Trouble:
 class Seat:
     """What the bus knows of one station."""
 
-    def __init__(self, station: Station) -> None:
+    def __init__(self, station: Station, registers: Sequence[Register]) -> None:
         self.station = station
         self.silent = 0  # tries without an answer, one after the other
         self.in_vain = 0  # polls with a trouble, one after the other
         self.events: dict[str, float] = {}  # of the event lane, as told last
+        self.deadbands = {one.metric: one.deadband for one in registers}
+
+    def changed(self, metric: str, value: float) -> bool:
+        """Return whether a value of the event lane differs from what was told last."""
+        told = self.events.get(metric)
+        return told is None or abs(value - told) > self.deadbands[metric]
 
 
 class Task:
@@ -135,7 +141,8 @@ def plan(stations: Sequence[Station], maps: Mapping[str, RegisterMap], interval_
     """Return the tasks of a bus, their first times spread over their interval."""
     tasks: list[Task] = []
     for number, station in enumerate(stations):
-        seat, chosen = Seat(station), maps.get(station.map) or load_map(station.map)
+        chosen = maps.get(station.map) or load_map(station.map)
+        seat = Seat(station, chosen.registers)
         usual = station.interval or interval_ms
         for interval in sorted({one.interval or usual for one in chosen.registers}):
             some = [one for one in chosen.registers if (one.interval or usual) == interval]
@@ -237,7 +244,7 @@ class Bus:
         device, now_ms = seat.station.device, host.now_ms()
         if values[Lane.TELEMETRY]:
             host.put(Lane.TELEMETRY, Reading(device, now_ms, values[Lane.TELEMETRY]))
-        changed = {name: value for name, value in values[Lane.EVENT].items() if seat.events.get(name) != value}
+        changed = {name: value for name, value in values[Lane.EVENT].items() if seat.changed(name, value)}
         if changed:
             seat.events.update(changed)
             host.put(Lane.EVENT, Reading(device, now_ms, changed))

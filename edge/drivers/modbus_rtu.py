@@ -22,7 +22,7 @@ import serial
 from pymodbus.framer.rtu import FramerRTU
 from pymodbus.pdu import DecodePDU
 
-from citybrain.clock import monotonic_s, wait_s
+from citybrain.clock import monotonic_s, wait_until_s
 from citybrain.config import Duration
 from edge.driver import Host, Quality
 from edge.drivers.modbus import (
@@ -37,6 +37,7 @@ from edge.drivers.modbus import (
     refusal,
 )
 from edge.drivers.registers import Block, RegisterMap
+from edge.serial_port import open_port
 
 __all__ = ["DEADLINE_S", "PROCESS", "Config", "make"]
 PROCESS = False
@@ -143,9 +144,7 @@ class SerialLine:
         """Open the port, for us alone."""
         config = self._config
         self.close()
-        self._port = serial.Serial(
-            config.port, config.baud, parity=config.parity, stopbits=config.stop_bits, timeout=0, exclusive=True
-        )
+        self._port = open_port(config.port, config.baud, config.parity, config.stop_bits)
         self._free_s = monotonic_s() + config.gap_s
 
     def close(self) -> None:
@@ -157,14 +156,14 @@ class SerialLine:
     def ask(self, unit_id: int, block: Block) -> bytes | Trouble:
         """Read a block; once more where the answer is garbled and there is time for it within the time-out."""
         fd = self._fd()
-        wait_s(self._free_s - monotonic_s())
+        wait_until_s(self._free_s)
         sent_s = self._send(fd, unit_id, block)
         answer_s = (ANSWER_BYTES + block.size) * self._config.char_s
         until_s = sent_s + REQUEST_BYTES * self._config.char_s + self._config.timeout / 1000 + answer_s
         found = self._listen(fd, unit_id, block, until_s)
         again = isinstance(found, Trouble) and found.quality is Quality.GARBLED
         if again and monotonic_s() - sent_s < self._config.timeout / 2000:
-            wait_s(self._config.gap_s)
+            wait_until_s(self._free_s)
             self._send(fd, unit_id, block)
             found = self._listen(fd, unit_id, block, until_s)
         return found

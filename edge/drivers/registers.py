@@ -30,7 +30,7 @@ class Register(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
 
     low, high: what a working sensor can say, in the metric's unit (the metric's own range where not given); invalid:
     raw values that stand for "not measured". bit: which one of a register. word_order: `big` where the high word comes
-    first. lane: `event` is told when it changes. interval: where it differs from the device's.
+    first. lane: `event` is told when it changes by more than `deadband`. interval: where it differs from the device's.
     """
 
     metric: str
@@ -47,6 +47,7 @@ class Register(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
     high: float | None = None
     invalid: tuple[float, ...] = ()
     lane: Literal["telemetry", "event"] = "telemetry"
+    deadband: float = 0.0
     interval: Duration | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +69,8 @@ class Register(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
             )
         if self.range[0] > self.range[1]:
             raise ValueError(f"low: expected at most high, got {self.range[0]:g} and {self.range[1]:g}")
+        if not (isfinite(self.deadband) and self.deadband >= 0) or (self.deadband and self.lane != "event"):
+            raise ValueError("deadband: expected 0 or more, for lane event; telemetry has the driver's `report`")
         if self.interval is not None and self.interval <= 0:
             raise ValueError("interval: expected more than 0")
 

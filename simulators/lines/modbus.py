@@ -183,7 +183,7 @@ class TcpServer:
 
 def hydrant(unit_id: int) -> Slave:
     """Return a hydrant's transmitter after the map `hydrant`: 0.31 MPa, 12 °C, upright, 3.6 V, wet, cap closed."""
-    registers = [310 + unit_id % 10, 120, 5, 3600, 0b10, 0, 0, 0, 0, 65536 - 85]
+    registers = [310 + unit_id % 10, 120, 5, 3600, 0b10, 0, 0, 0, 0, 0]
     return Slave(unit_id, dict(enumerate(registers)))
 
 

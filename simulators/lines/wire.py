@@ -13,7 +13,7 @@ import tty
 from collections.abc import Sequence
 from pathlib import Path
 
-from citybrain.clock import monotonic_s, wait_s
+from citybrain.clock import wait_until_s
 
 CHARACTER_BITS = 10  # 8N1
 SPEEDS = {getattr(termios, f"B{baud}"): baud for baud in (1200, 2400, 4800, 9600, 19200, 38400, 57600, 115200)}
@@ -77,7 +77,7 @@ class Wire:
 
     def write(self, data: bytes, begin_s: float) -> None:
         """Send bytes from `begin_s` on (monotonic): the other end has them when the last one has crossed the wire."""
-        wait_s(begin_s + self.time_s(len(data)) - monotonic_s())
+        wait_until_s(begin_s + self.time_s(len(data)))
         os.write(self._master, resampled(data, self.baud, self.far_baud))
 
     def time_s(self, characters: int) -> float:

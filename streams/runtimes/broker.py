@@ -26,6 +26,7 @@ from citybrain.storage import OS_FILES
 
 HOST = "127.0.0.1"
 MAX_PACKET = 2 * 1024 * 1024  # more than any frame: ingest, not the broker, refuses and counts the oversized ones
+BOXES, LISTENER = "boxes", "listener.conf"  # below DATA/broker, where there is a certificate authority
 AUTHENTICATION = "streams.runtimes.broker_authentication.Loopback"
 
 
@@ -61,6 +62,15 @@ def mosquitto_configuration(port: int) -> str:
     return "\n".join([*lines, ""])
 
 
+def with_boxes(text: str, boxes: Path) -> str:
+    """Return a configuration with the listener for boxes behind it, each listener with its own rules.
+
+    `boxes` is the folder that `citybrain ca broker` writes; it sends SIGHUP to the process in `mosquitto.pid` there.
+    """
+    own = f"per_listener_settings true\npid_file {boxes / 'mosquitto.pid'}\n"
+    return f"{own}{text}\n{OS_FILES.read(boxes / LISTENER).decode()}"
+
+
 def broker_command(layout: Layout, port: int, program: str | None) -> tuple[str, ...]:
     """Return the command line of the broker: mosquitto at `program` (its configuration is written to `DATA/broker`),
     or the built-in one where that is None.
@@ -69,7 +79,10 @@ def broker_command(layout: Layout, port: int, program: str | None) -> tuple[str,
         return (sys.executable, "-P", "-m", "citybrain", "broker", "--data", str(layout.root), "--port", str(port))
     OS_FILES.make(layout.broker)
     path = layout.broker / "mosquitto.conf"
-    OS_FILES.replace(path, mosquitto_configuration(port).encode())
+    text, boxes = mosquitto_configuration(port), layout.broker / BOXES
+    if (boxes / LISTENER).exists():
+        text = with_boxes(text, boxes.absolute())
+    OS_FILES.replace(path, text.encode())
     return (program, "-c", str(path))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import ssl
 from collections.abc import Sequence
 from types import FrameType
 
@@ -71,7 +72,15 @@ class IngestProcess:
     """The loop around `Ingest`. `run` returns when `stop` has been called."""
 
     def __init__(
-        self, layout: Layout, run: Run, shards: Sequence[int], port: int, logs: LogStore | None = None
+        self,
+        layout: Layout,
+        run: Run,
+        shards: Sequence[int],
+        port: int,
+        logs: LogStore | None = None,
+        *,
+        host: str = "",
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.layout = layout
         self.shards = tuple(shards)
@@ -87,7 +96,7 @@ class IngestProcess:
         self._mailbox = Mailbox(layout.mailbox(name))
         self._orders = Orders(layout, self.shards, self.counters)
         self._topics = [f"cb/v1/{shard}/+/{channel}" for shard in self.shards for channel in CHANNELS]
-        self._link = Link(run.host, port, name)
+        self._link = Link(host or run.host, port, name, tls=tls)
         self._stopping = False
         self._up_since = 0
         self._failures = 0
@@ -242,7 +251,33 @@ class IngestProcess:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", metavar="LIST", help="shards to take, such as 0,1 (default: all of the run)")
     parser.add_argument("--port", type=int, help="the broker's port (default: the run's)")
+    parser.add_argument("--mqtt-host", metavar="HOST", help="the broker's machine (default: this one)")
+    parser.add_argument(
+        "--mqtt-tls", metavar="CA,CERT,KEY", help="within TLS: our authorities, our certificate, its key"
+    )
     add_arguments(parser)
+
+
+def tls_context(given: str | None, host: str | None) -> ssl.SSLContext | None:
+    """Return a context for `CA,CERT,KEY` (PEM files); raises UsageError, ConfigError.
+
+    Another machine is only reached within TLS.
+    """
+    if given is None:
+        if host and host != "localhost" and not host.startswith("127."):
+            raise UsageError(f"--mqtt-host {host}: another machine needs --mqtt-tls CA,CERT,KEY")
+        return None
+    files = given.split(",")
+    if len(files) != 3:
+        raise UsageError(f"--mqtt-tls {given!r}: expected three files, CA,CERT,KEY")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_verify_locations(files[0])
+        context.load_cert_chain(files[1], files[2])
+    except OSError as error:  # ssl.SSLError too
+        raise ConfigError(f"--mqtt-tls {given}", f"cannot be read as certificates: {error}") from None
+    return context
 
 
 def parse_shards(given: str | None, count: int) -> list[int]:
@@ -264,7 +299,9 @@ def _run(args: argparse.Namespace) -> int:
     run = layout.read_run()
     shards = parse_shards(args.shards, run.shards)
     place = open_place(args, layout, run.shards, SEGMENT_BYTES)
-    process = IngestProcess(place.layout, run, shards, args.port or run.mqtt_port, place.logs)
+    tls = tls_context(args.mqtt_tls, args.mqtt_host)
+    port = args.port or run.mqtt_port
+    process = IngestProcess(place.layout, run, shards, port, place.logs, host=args.mqtt_host or "", tls=tls)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, process.stop)
     process.run()

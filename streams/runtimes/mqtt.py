@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import ssl
 import struct
 from collections.abc import Iterator, Sequence
 
@@ -20,6 +21,8 @@ CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE, SUBACK, PINGREQ, PINGRESP, DISCONN
 READ_BYTES = 1024 * 1024
 MOST_KEPT = 512 * 1024  # of one packet: twice a message; what is longer is cut, and refused as oversized
 REFUSED = {1: "protocol version", 2: "client id", 3: "server unavailable", 4: "user name or password", 5: "not allowed"}
+
+NOTHING_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 Packet = tuple[int, int, bytes]  # type, flags, everything behind the length
 
@@ -104,9 +107,12 @@ def _length(data: bytes, at: int) -> tuple[int, int] | None:
 
 
 class Link:
-    """A connection to the broker; every method raises Unavailable once it is broken."""
+    """A connection to the broker, within TLS where it has a context; every method raises Unavailable once it breaks."""
 
-    def __init__(self, host: str, port: int, client_id: str, keep_alive_s: int = 20) -> None:
+    def __init__(
+        self, host: str, port: int, client_id: str, keep_alive_s: int = 20, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self._tls = tls
         self.where = f"MQTT broker at {host}:{port}"
         self._address = (host, port)
         self._client_id = client_id
@@ -126,6 +132,8 @@ class Link:
             self._socket = socket.create_connection(self._address, timeout_s)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * READ_BYTES)
+            if self._tls is not None:
+                self._socket = self._tls.wrap_socket(self._socket, server_hostname=self._address[0])
             self._socket.setblocking(False)
             self._greet(topics, deadline)
         except OSError as error:
@@ -164,6 +172,8 @@ class Link:
 
     def wait(self, timeout_s: float) -> None:
         """Wait until there is something to read, or room for what could not be sent."""
+        if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+            return  # already out of the kernel: select would not see it
         if self._socket is not None and not self._ready:
             select.select([self._socket], [self._socket] if self._unsent else [], [], max(0.0, timeout_s))
 
@@ -173,7 +183,7 @@ class Link:
             raise Unavailable(f"{self.where}: not connected")
         try:
             data = self._socket.recv(READ_BYTES)
-        except BlockingIOError:
+        except NOTHING_NOW:
             return False
         except OSError as error:
             self.close()
@@ -218,7 +228,7 @@ class Link:
             return
         try:
             sent = self._socket.send(self._unsent)
-        except BlockingIOError:
+        except NOTHING_NOW:
             return
         except OSError as error:
             self.close()

@@ -1,0 +1,124 @@
+"""A commissioning sheet at the centre: its signature is checked, it is kept, and the desk is told.
+
+The sheet is JSON; the signature beside it is a JWS (RFC 7515, ES256) with detached content, made with the key of the
+box's certificate, so that years later one can still prove which box said it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from pydantic import BaseModel, Field
+
+from api.assets.book import IN_SERVICE, Book
+from api.pki import certificates
+from api.pki.ca import Authority
+from api.pki.journal import Issued
+from api.readings import Latest
+from api.routes.commands import store
+from api.site import Site
+from citybrain.errors import UsageError
+from citybrain.mailbox import Command
+
+
+class Sealed(BaseModel):
+    """A sheet as it was signed, byte for byte, and the signature."""
+
+    sheet: str = Field(max_length=512 * 1024, description="JSON text")
+    signature: str = Field(max_length=4096, description="JWS, ES256, content detached: header..signature")
+
+
+class Point(msgspec.Struct, frozen=True):
+    """A device as it stood on the sheet: `seen_at` is null where the platform had not seen it."""
+
+    device: str
+    seen_at: int | None = None
+
+
+class Sheet(msgspec.Struct, frozen=True):
+    """What the technician confirms: who, where (degrees, WGS 84), when (Unix ms), and each point."""
+
+    gateway: str
+    technician: str
+    at: int
+    lon: float
+    lat: float
+    points: tuple[Point, ...]
+    note: str = ""
+    photo: str = ""
+
+
+def points(book: Book, latest: Latest, gateway: str) -> list[dict[str, Any]]:
+    """Return the assets behind a gateway: state, sensor, and of each metric the latest value and its time.
+
+    `seen_at` is the newest of those times, null where nothing of it has been seen.
+    """
+    found = []
+    for asset in sorted(book.assets.values(), key=lambda one: one.code):
+        if asset.gateway != gateway or asset.state not in IN_SERVICE or asset.kind == "gateway":
+            continue
+        device = latest.find(asset.code)
+        values = latest.values(device) if device is not None else {}
+        shown = {name: {"value": one.value, "at": one.at} for name, one in values.items()}
+        point: dict[str, Any] = {"device": asset.code, "sensor": book.sensor_of(asset.code), "kind": asset.kind}
+        point |= {"name": asset.name, "state": asset.state, "values": shown}
+        found.append(point | {"seen_at": max((one.at for one in values.values()), default=None)})
+    return found
+
+
+def commissioned(site: Site, authority: Authority, box: Issued, sealed: Sealed) -> str:
+    """Check and keep a sheet, and hand it to the desk; return the command's id, the same for the same sheet.
+
+    Raises UsageError where the signature or the sheet is not right.
+    """
+    verify(sealed, certificates.read_certificate(authority.pem(box.serial), box.serial).public_key())
+    try:
+        sheet = msgspec.json.decode(sealed.sheet, type=Sheet)
+    except msgspec.DecodeError as error:
+        raise UsageError(f"sheet: {error}") from None
+    if sheet.gateway != box.name:
+        raise UsageError(f"sheet gateway: it is {sheet.gateway[:64]}'s, your certificate is {box.name}'s")
+    if not sheet.technician.strip():
+        raise UsageError("sheet technician: say who commissions")
+    if not (-180 <= sheet.lon <= 180 and -90 <= sheet.lat <= 90):
+        raise UsageError(f"sheet lon, lat: {sheet.lon}, {sheet.lat} are not degrees")
+    content = site.layout.put_blob(msgspec.json.encode({**sealed.model_dump(), "serial": box.serial}))
+    seen = [point.device for point in sheet.points if point.seen_at is not None]
+    body: dict[str, Any] = {"gateway": box.name, "sheet": content, "devices": seen, "lon": sheet.lon, "lat": sheet.lat}
+    made = Command(content[:24], "gateway_commission", sheet.technician, site.clock.now_ms(), body, sheet.note)
+    store(site, site.desk, made)
+    return made.id
+
+
+def verify(sealed: Sealed, key: Any) -> None:
+    """Check a detached ES256 signature; raises UsageError."""
+    header, _, rest = sealed.signature.partition(".")
+    middle, _, signature = rest.partition(".")
+    try:
+        said = msgspec.json.decode(_decoded(header), type=dict[str, Any])
+        raw = _decoded(signature)
+    except (msgspec.DecodeError, binascii.Error, ValueError):
+        raise UsageError("signature: expected a JWS with detached content") from None
+    if said.get("alg") != "ES256" or middle or len(raw) != 64 or not isinstance(key, ec.EllipticCurvePublicKey):
+        raise UsageError("signature: expected a JWS with alg ES256 and detached content")
+    signed = f"{header}.{_encoded(sealed.sheet.encode())}".encode()
+    proof = encode_dss_signature(int.from_bytes(raw[:32]), int.from_bytes(raw[32:]))
+    try:
+        key.verify(proof, signed, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        raise UsageError("signature: it is not the box's for this sheet") from None
+
+
+def _encoded(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _decoded(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))

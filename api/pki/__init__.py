@@ -1,0 +1,1 @@
+"""The certificate authority: who is who on the wire (docs/security.md)."""

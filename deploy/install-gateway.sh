@@ -1,0 +1,140 @@
+#!/bin/sh
+# Installs the gateway on 64-bit Raspberry Pi OS (or any Debian 12 or later): docs/enrolment.md.
+#
+#   sudo sh install-gateway.sh WHEEL [--wheels DIR]
+#
+# WHEEL is citybrain_senses-*.whl; requirements/pi.lock and deploy/systemd are taken from beside this script. With
+# --wheels DIR nothing is fetched: DIR holds the wheels that pi.lock names. It may be run again, to repair or to update;
+# what a run does is the same whatever was there before. It touches /opt/citybrain, /var/lib/citybrain, three units, and
+# the user `citybrain`. For an image run it in a chroot. With DESTDIR it installs below that folder and leaves users and
+# services alone: a rehearsal.
+set -eu
+
+DESTDIR="${DESTDIR:-}"
+HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+LOCK="${LOCK:-$HERE/../requirements/pi.lock}"
+UNITS="$HERE/systemd"
+OPT="$DESTDIR/opt/citybrain"
+STATE="$DESTDIR/var/lib/citybrain"
+SYSTEMD="$DESTDIR/etc/systemd/system"
+JOURNAL="$DESTDIR/etc/systemd/journald.conf.d"
+PYTHON="${PYTHON:-python3}"
+
+refuse() {
+    echo "install-gateway: $1" >&2
+    exit "${2:-1}"
+}
+
+usage() {
+    refuse "usage: install-gateway.sh WHEEL [--wheels DIR]" 2
+}
+
+check_system() {
+    [ -n "$DESTDIR" ] || [ "$(id -u)" -eq 0 ] || refuse "run it as root: sudo sh $0 $WHEEL"
+    bits=$(getconf LONG_BIT)
+    [ "$bits" = 64 ] || refuse "this system is $bits-bit; 64-bit Raspberry Pi OS is needed"
+    command -v "$PYTHON" >/dev/null 2>&1 || refuse "$PYTHON is missing: apt-get install python3 python3-venv"
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        refuse "$PYTHON is $("$PYTHON" -V 2>&1); 3.11 or later is needed (Raspberry Pi OS bookworm has it)"
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || refuse "venv is missing: apt-get install python3-venv"
+    for path in "$WHEEL" "$LOCK" "$UNITS/citybrain-gateway.service"; do
+        [ -f "$path" ] || refuse "$path: no such file"
+    done
+    place=${DESTDIR:-/}
+    [ -d "$place" ] || place=/
+    free_kb=$(df -Pk "$place" | awk 'NR == 2 { print $4 }')
+    [ "$free_kb" -ge 200000 ] || refuse "only $free_kb KiB are free; 200 MB are needed"
+}
+
+make_user() {
+    [ -z "$DESTDIR" ] || return 0
+    id citybrain >/dev/null 2>&1 ||
+        useradd --system --home-dir /var/lib/citybrain --no-create-home --shell /usr/sbin/nologin citybrain
+    for group in dialout video i2c spi; do
+        if getent group "$group" >/dev/null; then
+            usermod -a -G "$group" citybrain
+        fi
+    done
+}
+
+# Into a folder of its own, then one rename of a link: a run that is cut off leaves the version that was there.
+install_program() {
+    mkdir -p "$OPT"
+    version=$(basename "$WHEEL" | cut -d- -f2)
+    made="$OPT/venv-$version-$(date +%s)"
+    "$PYTHON" -m venv "$made"
+    set -- --quiet --no-cache-dir --disable-pip-version-check
+    [ -z "$WHEELS" ] || set -- "$@" --no-index --find-links "$WHEELS"
+    if ! "$made/bin/pip" install "$@" --require-hashes -r "$LOCK" ||
+        ! "$made/bin/pip" install "$@" --no-deps "$WHEEL" ||
+        ! "$made/bin/citybrain" gateway --help >/dev/null; then
+        rm -rf "$made"
+        refuse "the program could not be installed; what was there before is still there"
+    fi
+    before=$(readlink "$OPT/venv" || true)
+    ln -sfn "$(basename "$made")" "$OPT/.venv.new"
+    mv -T "$OPT/.venv.new" "$OPT/venv"
+    if [ -n "$before" ] && [ "$before" != "$(basename "$made")" ]; then
+        rm -rf "${OPT:?}/$before"
+    fi
+}
+
+install_state() {
+    mkdir -p "$STATE"
+    chmod 0700 "$STATE"
+    [ -n "$DESTDIR" ] || chown citybrain:citybrain "$STATE"
+}
+
+# A card wears out by writing: the journal goes to memory, at most 32 MB of it. The spool syncs by itself.
+install_units() {
+    mkdir -p "$SYSTEMD" "$JOURNAL"
+    for unit in citybrain-gateway.service citybrain-gateway-renew.service citybrain-gateway-renew.timer; do
+        install -m 0644 "$UNITS/$unit" "$SYSTEMD/$unit"
+    done
+    printf '[Journal]\nStorage=volatile\nRuntimeMaxUse=32M\n' >"$JOURNAL/citybrain.conf"
+    chmod 0644 "$JOURNAL/citybrain.conf"
+    [ -z "$DESTDIR" ] || return 0
+    systemctl daemon-reload
+    systemctl try-restart systemd-journald.service
+    systemctl enable --quiet citybrain-gateway.service citybrain-gateway-renew.timer
+    systemctl start citybrain-gateway-renew.timer
+    if [ -f "$STATE/gateway.yaml" ]; then
+        systemctl restart citybrain-gateway.service
+    fi
+}
+
+say_what_next() {
+    if [ -f "$STATE/gateway.yaml" ]; then
+        echo "installed; it is enrolled: /opt/citybrain/venv/bin/citybrain gateway doctor --data /var/lib/citybrain"
+        return
+    fi
+    echo "installed; enrol it now, with what the QR code says:"
+    echo "  sudo -u citybrain /opt/citybrain/venv/bin/citybrain gateway enrol --data /var/lib/citybrain --qr-text 'https://…'"
+    echo "  sudo systemctl start citybrain-gateway"
+}
+
+WHEEL=""
+WHEELS=""
+while [ $# -gt 0 ]; do
+    case "$1" in
+    --wheels)
+        [ $# -ge 2 ] || usage
+        WHEELS=$2
+        shift
+        ;;
+    -*) usage ;;
+    *)
+        [ -z "$WHEEL" ] || usage
+        WHEEL=$1
+        ;;
+    esac
+    shift
+done
+[ -n "$WHEEL" ] || usage
+
+check_system
+make_user
+install_program
+install_state
+install_units
+say_what_next
