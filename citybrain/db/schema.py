@@ -233,6 +233,7 @@ outbox = Table(
     Column("delivered_at", BigInteger),
     Column("last_error", String),
     Index("outbox_due", "state", "next_at"),
+    Index("outbox_by_case", "case_id"),
 )
 
 commands = Table(
@@ -321,7 +322,7 @@ registers = Table(
 orders = Table(
     "orders",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("orders"),
     Column("command", String, nullable=False, unique=True),  # its id on the wire
     Column("gateway", String, nullable=False),
     Column("what", String, nullable=False),
