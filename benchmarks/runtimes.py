@@ -8,7 +8,12 @@ embedded_values_per_s           from segments on disk to transitions on disk, on
 kafka_values_per_s              from the first record appended in Kafka to the last transition in Kafka, `--workers`
 faust_values_per_s              processes; the appending, the broker and the reading run on the same machine
 ..._per_cpu_s                   values per second that the worker processes computed
+ingest_values_per_s             the whole path (benchmarks.path): from the first message until all are acknowledged;
+path_values_per_s               until the last transition stands in Kafka, with `--runtime kafka`;
+faust_path_values_per_s         ... with `--runtime faust`
+path                            who computed how long for a million values; what share of it the gateways take
 per_event_faust_readings_per_s  an agent that takes one reading an event, as JSON, and applies the same rule in Python
+ratio_to_per_event              readings/s of the whole path, over those
 
 A Kafka is started (tests/kafka_cluster.py), or taken from CITYBRAIN_TEST_KAFKA.
 """
@@ -22,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +36,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks import path
 from benchmarks.engine import METRICS, City, make_rule
 from benchmarks.faust_events import measure as measure_events
 from citybrain.clock import system_clock
@@ -182,8 +188,8 @@ class Distributed:
         return all(had) and sum(map(len, had)) == len(self.writers)
 
     def _has(self, name: str) -> list[int]:
-        path = self.layout.run / f"{name}.heartbeat.json"
-        found: list[int] = json.loads(path.read_bytes())["details"].get("assigned", []) if path.exists() else []
+        beat = self.layout.run / f"{name}.heartbeat.json"
+        found: list[int] = json.loads(beat.read_bytes())["details"].get("assigned", []) if beat.exists() else []
         return found
 
     def run(self, logs: list[list[Record]], warm: int, expected: list[list[Transition]], workers: int) -> Spent:
@@ -213,8 +219,15 @@ def differences(expected: list[list[Transition]], found: list[list[Transition]])
     )
 
 
-def measure(root: Path, address: str, values: int, shards: int, workers: int, events: int) -> dict[str, Any]:
-    """Return the figures of all runtimes, one after the other."""
+def paths(root: Path, address: str, pids: Sequence[int], values: int, workers: int, readings: int) -> dict[str, Any]:
+    """Return the figures of the whole path, with either runtime's workers."""
+    kafka, faust = (path.measure(root, address, pids, name, workers, values, readings) for name in ("kafka", "faust"))
+    figures = {name: kafka[name] for name in ("ingest_values_per_s", "path_values_per_s")}
+    return figures | {"faust_path_values_per_s": faust["path_values_per_s"], "path": {"kafka": kafka, "faust": faust}}
+
+
+def measure(root: Path, address: str, values: int, shards: int, workers: int) -> dict[str, Any]:
+    """Return the figures of all runtimes over one log, one after the other."""
     warm_engine()
     layout = Layout(root)
     layout.make()
@@ -239,7 +252,6 @@ def measure(root: Path, address: str, values: int, shards: int, workers: int, ev
         "differs": differs,
         **per_s,
         **per_cpu_s,
-        "per_event_faust_readings_per_s": round(measure_events(root, address, events)),
         "workers": workers,
         "shards": shards,
         "cores": os.cpu_count(),
@@ -256,19 +268,30 @@ def own_folder(layout: Layout, runtime: str) -> Layout:
     return made
 
 
+def own_kafka(stack: ExitStack, folder: Path) -> tuple[str, list[int]]:
+    """Start a broker; return its address and its process ids."""
+    made = stack.enter_context(cluster(folder))
+    return made.address, [broker.process.pid for broker in made.brokers if broker.process is not None]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--values", type=int, default=20_000_000)
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--events", type=int, default=20_000, help="readings for the per-event agent")
+    parser.add_argument("--readings", type=int, default=READINGS, help="of 4 values, in a message of the whole path")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         root = Path(folder)
         given = os.environ.get(VARIABLE)
-        address = given or stack.enter_context(cluster(root / "kafka")).address
-        found = measure(root / "data", address, args.values, args.shards, args.workers, args.events)
+        address, pids = (given, []) if given else own_kafka(stack, root / "kafka")
+        found = measure(root / "data", address, args.values, args.shards, args.workers)
+        found |= paths(root, address, pids, args.values, args.workers, args.readings)
+        per_event = measure_events(root, address, args.events)
+        found["per_event_faust_readings_per_s"] = round(per_event)
+        found["ratio_to_per_event"] = round(found["path_values_per_s"] / len(METRICS) / per_event)
     if args.json:
         print(json.dumps(found))
     else:
