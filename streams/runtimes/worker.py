@@ -44,9 +44,8 @@ DROPPED = ("late", "inactive", "foreign", "malformed")
 
 def last_written(logs: LogStore, shard: int) -> tuple[int, int]:
     """Return (source, index) of the last transition in the transition log, (-1, -1) where there is none."""
-    for first in reversed(logs.starts("transitions", shard)):
-        found = records(logs.reader("transitions", shard, first))
-        last = deque((record for record in found if record.kind == Kind.TRANSITION), 1)
+    for first in logs.starts("transitions", shard):
+        last = deque(records(logs.reader("transitions", shard, first)), 1)
         if last:
             transition = decode_transition(last[0].payload)
             return transition.source, transition.index
