@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NamedTuple
 
 from citybrain.errors import UsageError
@@ -24,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--log", choices=("segments", "kafka"), default="segments", help="where the logs are kept (default: segments)"
     )
     parser.add_argument("--kafka", metavar="HOST:PORT", help="with --log kafka: its brokers, several with commas")
+    parser.add_argument(
+        "--kafka-config", metavar="FILE", type=Path, help="... and how to get in: TLS, passwords (YAML)"
+    )
     parser.add_argument("--topics", metavar="PREFIX", default="citybrain.", help="what its topics begin with")
 
 
@@ -34,9 +38,11 @@ def open_place(args: argparse.Namespace, layout: Layout, shards: int, segment_by
     if not args.kafka:
         raise UsageError("--log kafka: say where it is, with --kafka HOST:PORT")
     # Only here, so that the embedded runtime needs no Kafka client.
+    from streams.runtimes.kafka.access import read_access  # noqa: PLC0415
     from streams.runtimes.kafka.blobs import SharedLayout  # noqa: PLC0415
     from streams.runtimes.kafka.store import KafkaStore  # noqa: PLC0415
 
-    store = KafkaStore(args.kafka, layout, shards, prefix=args.topics)
+    access = read_access(args.kafka_config) if args.kafka_config is not None else None
+    store = KafkaStore(args.kafka, layout, shards, prefix=args.topics, settings=access)
     store.open()
     return Place(SharedLayout(layout.root, store.blobs), store)

@@ -25,6 +25,7 @@ from citybrain.counters import Counters
 from citybrain.errors import CityBrainError, Overtaken
 from citybrain.layout import Run
 from citybrain.segments import Record
+from streams.runtimes.kafka.access import faust_credentials
 from streams.runtimes.kafka.parcels import opened
 from streams.runtimes.kafka.store import KafkaStore
 from streams.runtimes.stores import Place
@@ -176,6 +177,7 @@ class FaustWorker:
         brokers = ";".join(f"kafka://{one}" for one in address.split(","))
         session: dict[str, Any] = {"broker_session_timeout": session_s, "broker_heartbeat_interval": session_s / 5}
         folder = place.layout.run / f"faust-{name}"
+        session["broker_credentials"] = faust_credentials(place.logs.settings)
         self.app = faust.App(place.logs.prefix + GROUP, broker=brokers, datadir=str(folder), **SETTINGS, **session)
         self._topic = self.app.topic(self._topic_name, value_type=bytes, value_serializer="raw", key_serializer="raw")
         self.app.agent(self._topic, name="detect")(self._detect)

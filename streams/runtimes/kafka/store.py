@@ -20,7 +20,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from citybrain.clock import monotonic_s
-from citybrain.errors import ConfigError, Damaged, Overtaken, StorageError
+from citybrain.errors import ConfigError, Damaged, Overtaken, StorageError, Unavailable
 from citybrain.layout import Layout
 from streams.logs import LogReader, LogWriter, Name, ignore_waiting
 from streams.runtimes.kafka.blobs import Blobs
@@ -213,7 +213,21 @@ class KafkaStore:
 
     def _make_topics(self) -> dict[str, int]:
         """Make the topics that are missing; return how many partitions each topic has."""
-        admin = AdminClient(self.settings)
+        heard: list[str] = []
+        admin = AdminClient(self.settings | {"error_cb": lambda error: heard.append(error.str())})
+        try:
+            return self._made(admin)
+        except KafkaException as error:
+            admin.poll(0)  # why, in the client's words: such as TLS that is spoken on one side only
+            if error.args[0].code() == KafkaError._DESTROY_BROKER or not heard:
+                raise
+            why = next((one for one in heard if "brokers are down" not in one), heard[0])
+            raise Unavailable(
+                f"Kafka {self.settings['bootstrap.servers']}: {error.args[0].str()}: {why}; is it running, and "
+                "does --kafka-config say how to get in?"
+            ) from None
+
+    def _made(self, admin: AdminClient) -> dict[str, int]:
         known = admin.list_topics(timeout=ANSWER_S)
         brokers = len(known.brokers)
         topics = [*(self._new(self.topic(name), brokers) for name in NAMES), self._new_blobs(brokers)]
