@@ -20,7 +20,9 @@ from citybrain.cli import Subcommand, emit
 from citybrain.clock import wait_s
 from citybrain.counters import Counters
 from citybrain.errors import CityBrainError, Unavailable
-from citybrain.layout import Layout
+from citybrain.layout import Layout, Run
+from streams.logs import LogStore
+from streams.runtimes.stores import add_arguments, open_place
 
 FOLLOW_S = 0.2  # how often the log is looked at for newer values
 STOP_S = 1  # what answers under way get to end in
@@ -79,15 +81,13 @@ class Background(threading.Thread):
             return 0
 
 
-def serve(layout: Layout) -> None:
+def serve(layout: Layout, run: Run, logs: LogStore) -> None:
     """Serve until SIGINT or SIGTERM; raises Unavailable where the port is taken."""
-    run = layout.read_run()
-    layout.make()
     counters = Counters("api", layout.run)
     counters.resume()
     with listen(run.api_host, run.api_port) as taken:
-        latest = Latest(layout, run.shards, counters)
-        site = Site(layout, run, latest, counters)
+        latest = Latest(layout, run.shards, counters, logs)
+        site = Site(layout, run, latest, counters, logs)
         app = create_app(site)
         server = Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_S, ws="none")
@@ -106,10 +106,15 @@ def serve(layout: Layout) -> None:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Serve the HTTP API and the status page on the address in run/run.json."
+    add_arguments(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
-    serve(Layout(args.data))
+    layout = Layout(args.data)
+    run = layout.read_run()
+    layout.make()
+    place = open_place(args, layout, run.shards)
+    serve(place.layout, run, place.logs)
     return 0
 
 

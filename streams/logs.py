@@ -85,6 +85,9 @@ class LogStore(Protocol):
     def starts(self, name: Name, shard: int) -> Iterator[int]:
         """Yield offsets to begin at when looking backwards for what was written last, down to the log's first."""
 
+    def end(self, name: Name, shard: int) -> int:
+        """Return the offset behind what is committed."""
+
     def where(self, name: Name, shard: int) -> str:
         """Return what a message calls this log."""
 
@@ -121,6 +124,9 @@ class SegmentStore:
 
     def starts(self, name: Name, shard: int) -> Iterator[int]:
         return reversed(segments.segments(self._files, self._path(name, shard)))
+
+    def end(self, name: Name, shard: int) -> int:
+        return self._files.marked(self._path(name, shard) / "committed")
 
     def where(self, name: Name, shard: int) -> str:
         return str(self._path(name, shard))

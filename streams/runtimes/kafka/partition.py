@@ -208,6 +208,11 @@ def place_of(settings: dict[str, Any], topic: str, shard: int, offset: int) -> i
         wait_s(PAUSE_S)
 
 
+def end_of(settings: dict[str, Any], topic: str, shard: int) -> int:
+    """Return the log offset behind the last parcel; raises Unavailable."""
+    return _place_and_end(settings, topic, shard, 2**63)[1]
+
+
 def _place_and_end(settings: dict[str, Any], topic: str, shard: int, offset: int) -> tuple[int, int]:
     search = Search(settings, topic, shard)
     try:

@@ -29,6 +29,7 @@ from streams.runtimes.kafka.partition import (
     ANSWER_S,
     KafkaReader,
     Search,
+    end_of,
     offset_of,
     starts,
     unavailable,
@@ -255,6 +256,9 @@ class KafkaStore:
 
     def starts(self, name: Name, shard: int) -> Iterator[int]:
         return starts(self.settings, self.topic(name), shard)
+
+    def end(self, name: Name, shard: int) -> int:
+        return end_of(self.settings, self.topic(name), shard)
 
     def where(self, name: Name, shard: int) -> str:
         return f"Kafka {self.topic(name)} partition {shard}"
