@@ -11,6 +11,8 @@ from citybrain.layout import Layout
 from citybrain.segments import SEGMENT_BYTES
 from streams.logs import LogStore, SegmentStore
 
+NO_ADDRESS = "--log kafka: say where it is, with --kafka HOST:PORT"
+
 
 class Place(NamedTuple):
     """A data folder, and where its logs are."""
@@ -31,12 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topics", metavar="PREFIX", default="citybrain.", help="what its topics begin with")
 
 
+def words_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the options again, for another process; raises UsageError."""
+    if args.log == "segments":
+        return ()
+    if not args.kafka:
+        raise UsageError(NO_ADDRESS)
+    config = () if args.kafka_config is None else ("--kafka-config", str(args.kafka_config.resolve()))
+    return ("--log", "kafka", "--kafka", args.kafka, "--topics", args.topics, *config)
+
+
 def open_place(args: argparse.Namespace, layout: Layout, shards: int, segment_bytes: int = SEGMENT_BYTES) -> Place:
     """Return the data folder and the store that the command line names; raises UsageError, Unavailable, ConfigError."""
     if args.log == "segments":
         return Place(layout, SegmentStore(layout, segment_bytes=segment_bytes))
     if not args.kafka:
-        raise UsageError("--log kafka: say where it is, with --kafka HOST:PORT")
+        raise UsageError(NO_ADDRESS)
     # Only here, so that the embedded runtime needs no Kafka client.
     from streams.runtimes.kafka.access import read_access  # noqa: PLC0415
     from streams.runtimes.kafka.blobs import SharedLayout  # noqa: PLC0415
