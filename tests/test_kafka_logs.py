@@ -307,6 +307,21 @@ def test_a_log_offset_is_found_among_stragglers_and_large_and_small_parcels(topi
     assert len(begun) > 5
 
 
+def test_what_was_acknowledged_and_cannot_be_read_is_never_taken_for_the_end(
+    topics: KafkaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = writer_of(topics)
+    fill(writer, [b"one"])
+    writer.close()
+    monkeypatch.setattr("streams.runtimes.kafka.partition.ANSWER_S", 0.5)
+    search = Search(
+        topics.settings, topics.topic("log"), 0, 3
+    )  # as if two more had been, and a new leader has not them
+    with pytest.raises(Unavailable, match="nothing at 1, where it goes on to 3"):
+        search.last()
+    search.close()
+
+
 def test_a_commit_that_is_large_is_cut_into_parcels(topics: KafkaStore) -> None:
     writer = writer_of(topics)
     large = [bytes([number]) * (PARCEL_BYTES // 3) for number in range(10)]

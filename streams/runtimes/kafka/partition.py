@@ -126,21 +126,29 @@ class Places:
 
 
 class Search:
-    """Looks for parcels by what they hold. Their log offsets ascend, so two looks tell which way to go."""
+    """Looks for parcels by what they hold. Their log offsets ascend, so two looks tell which way to go.
 
-    def __init__(self, settings: dict[str, Any], topic: str, shard: int) -> None:
-        self.low, self.high = watermarks(settings, topic, shard)
+    `high`: how far it looks, at least `least`: what was acknowledged is there, also where a new leader does not say so
+    yet. Whatever looks raises Unavailable where not all before `high` can be read: nobody may take the end for earlier.
+    """
+
+    def __init__(self, settings: dict[str, Any], topic: str, shard: int, least: int = 0) -> None:
+        self.low, high = watermarks(settings, topic, shard)
+        self.high = max(high, least)
         self._places = Places(settings | LOOKING, topic, shard)
 
     def within(self, place: int, below: int, most: int = BURST) -> Iterator[Parcel]:
         """Yield the parcels that count in `place..below`, read `most` at a time."""
         self._places.seek(place)
+        until_s = monotonic_s() + ANSWER_S
         while place < below:
             parcels, read = self._places.read(most)
-            if not read:
-                return
             place += read
             yield from (parcel for parcel in parcels if parcel.place < below)
+            if not read:
+                if self._places.reset or monotonic_s() > until_s:
+                    raise Unavailable(f"{self._places.where}: nothing at {place}, where it goes on to {below}")
+                wait_s(PAUSE_S)
 
     def at_or_after(self, place: int, below: int) -> Parcel | None:
         """Return the first parcel that counts in `place..below`."""

@@ -76,7 +76,7 @@ class KafkaWriter:
         self._broken = False
 
     def _end(self) -> int:
-        search = Search(self._settings, self._topic, self._shard)
+        search = Search(self._settings, self._topic, self._shard, self._place)
         try:
             last = search.last()
         finally:
