@@ -23,7 +23,9 @@ from citybrain.counters import Counters
 from citybrain.db.place import add_database, layout_of
 from citybrain.db.store import open_store
 from citybrain.errors import CityBrainError, Unavailable
-from citybrain.layout import Layout
+from citybrain.layout import Layout, Run
+from streams.logs import LogStore
+from streams.runtimes.stores import add_arguments, open_place
 
 if TYPE_CHECKING:
     from api.boxes import Boxes
@@ -94,15 +96,13 @@ class Background(threading.Thread):
             return 0
 
 
-def serve(layout: Layout) -> None:
+def serve(layout: Layout, run: Run, logs: LogStore) -> None:
     """Serve until SIGINT or SIGTERM; raises Unavailable where the port is taken."""
-    run = layout.read_run()
-    layout.make()
     counters = Counters("api", layout.run)
     counters.resume()
     with listen(run.api_host, run.api_port) as taken:
-        latest = Latest(layout, run.shards, counters)
-        site = Site(layout, run, latest, counters)
+        latest = Latest(layout, run.shards, counters, logs)
+        site = Site(layout, run, latest, counters, logs)
         app = create_app(site)
         server = Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_S, ws="none")
@@ -148,13 +148,17 @@ class BoxWatch:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Serve the HTTP API and the status page on the address in run/run.json."
     add_database(parser)
+    add_arguments(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
     layout = layout_of(args)
     if layout.store:  # whether it answers is seen by each request; what is wrong in the URL is said now
         open_store(layout.place, readonly=True).dispose()
-    serve(layout)
+    run = layout.read_run()
+    layout.make()
+    place = open_place(args, layout, run.shards)
+    serve(place.layout, run, place.logs)
     return 0
 
 

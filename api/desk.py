@@ -296,9 +296,6 @@ class Desk:
         assert record is not None
         assert shard is not None
         name = self._names.get(shard, (-1, -1))
-        if record.kind == Kind.VOID:
-            ledger.consume(shard, record.offset + 1, name)
-            return
         try:
             if record.kind != Kind.TRANSITION:
                 raise msgspec.DecodeError(f"record of kind {record.kind}")  # noqa: TRY301  one place says it

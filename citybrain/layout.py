@@ -18,7 +18,8 @@ class Run(msgspec.Struct, frozen=True):
     """One run: its clock, shards, and the loopback addresses of its services.
 
     `workers`: how many engines share the shards. `size`: how large the simulated district is. `api_host` is where the
-    API listens: another address than loopback only inside a container's own network.
+    API listens: another address than loopback only inside a container's own network. `logs`: the options that tell a
+    process where the logs are, none where they are in the data folder.
     """
 
     clock: RunClock
@@ -33,6 +34,7 @@ class Run(msgspec.Struct, frozen=True):
     api_host: str = "127.0.0.1"
     workers: int = 1
     size: Literal["zone", "reference"] = "zone"
+    logs: tuple[str, ...] = ()
 
 
 class Active(msgspec.Struct, frozen=True):

@@ -77,6 +77,8 @@ class Broker:
     def __init__(self, folder: Path, node: int, port: int, controller: int, class_path: str) -> None:
         self.folder, self.node, self.port, self.controller = folder, node, port, controller
         self.class_path = class_path
+        self.listeners = [f"PLAINTEXT://127.0.0.1:{port}"]  # where clients are served
+        self.more = ""  # further properties
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -92,8 +94,8 @@ class Broker:
             process.roles=broker,controller
             node.id={self.node}
             controller.quorum.voters={voters}
-            listeners=PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{self.controller}
-            advertised.listeners=PLAINTEXT://127.0.0.1:{self.port}
+            listeners={",".join(self.listeners)},CONTROLLER://127.0.0.1:{self.controller}
+            advertised.listeners={",".join(self.listeners)}
             controller.listener.names=CONTROLLER
             log.dirs={self.folder / "log"}
             offsets.topic.num.partitions=1
@@ -111,6 +113,7 @@ class Broker:
             num.io.threads=4
             log.cleaner.dedupe.buffer.size=4000000
             """)
+            + self.more
         )
 
     def java(self, *argv: str) -> list[str]:
