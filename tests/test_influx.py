@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from influxdb_client.rest import ApiException
+from urllib3 import HTTPHeaderDict
 
 from citybrain.cli import main
 from citybrain.clock import RunClock, real_unix_ms
@@ -162,7 +163,7 @@ def test_the_server_killed_and_started_again(layout: Layout, victoria: Victoria)
         victoria.start()
         written(layout, len(log.records))
         eventually(lambda: said(layout).gauges["influx_answers"] == 1, what="the heartbeat saying so")
-        assert said(layout).counters["rewritten_total"] > 0
+        eventually(lambda: said(layout).counters.get("rewritten_total", 0) > 0, what="some being written again")
     same(victoria, expected(layout, log.records))
 
 
@@ -227,8 +228,8 @@ def test_a_batch_that_is_too_large_is_cut(layout: Layout, victoria: Victoria) ->
     [("7", 7.0), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("soon", None), ("-3", None), ("", None)],
 )
 def test_what_retry_after_asks_for(given: str, wait_s: float | None) -> None:
-    refusal = ApiException(status=503, reason="busy")
-    refusal.headers = {"Retry-After": given}
+    refusal = ApiException(status=503, reason="busy")  # type: ignore[no-untyped-call]
+    refusal.headers = HTTPHeaderDict({"Retry-After": given})
     assert retry_after_s(refusal) == wait_s
 
 
