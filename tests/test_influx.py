@@ -131,11 +131,11 @@ def test_it_follows_the_log_and_the_server_has_every_value(layout: Layout, victo
 
 
 def test_killed_in_the_middle_nothing_is_lost(layout: Layout, victoria: Victoria) -> None:
-    log, dice = busy_log(layout, 300, 2), random.Random(3)
+    log, dice = busy_log(layout, 160, 2), random.Random(3)
     with proxy(victoria.url) as between:
         configure(layout, between.url, batch=20)
         write(layout, log.records, segment_bytes=4096)  # a read, and so a mark, is a segment
-        for _ in range(5):
+        for _ in range(3):
             before = between.requests.get(204, 0)
             wanted = before + dice.randrange(1, 6)
             with influx(layout) as process:
@@ -378,8 +378,9 @@ def test_a_wrong_configuration_is_refused_with_its_place(
     assert "s3cret" not in said
 
 
-def test_a_right_configuration_is_checked_without_a_server(layout: Layout) -> None:
-    configure(layout, "http://127.0.0.1:1")
+def test_a_right_configuration_is_checked_without_a_server(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CITYBRAIN_TEST_TOKEN", "secret")
+    configure(layout, "http://127.0.0.1:1", token={"env": "CITYBRAIN_TEST_TOKEN"})
     code, out, err = run(layout, "--check", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out) == {"target": "http://127.0.0.1:1 city/readings", "batch": 50}

@@ -26,6 +26,7 @@ from tests.conftest import end, eventually
 from tests.test_run import arguments
 from tests.victoria import Victoria
 
+pytestmark = pytest.mark.timeout(420)  # 20 s on an idle machine; under load the run takes as long as it takes
 DOCKER = Path(__file__).parents[1] / "docker"
 DASHBOARDS = sorted((DOCKER / "grafana" / "dashboards").glob("*.json"))
 FALLBACK = re.compile(r" or vector\(0\)")  # a panel shows 0 where there is nothing; the test wants the thing
@@ -74,19 +75,19 @@ def beat(layout: Layout, name: str) -> Heartbeat:
 
 def play(layout: Layout, server: Victoria) -> None:
     """Let enough happen for every panel: an error, cases that are made and closed, late gateways."""
-    eventually(lambda: beat(layout, "influx").counters.get("errors_total{stage=influx}", 0), 20, "an error")
+    eventually(lambda: beat(layout, "influx").counters.get("errors_total{stage=influx}", 0), 60, "an error")
     server.start()
     scrape(layout, server)
     happened = ("maintenance_total", "delivery_retry_total", "verdicts_confirmed_total", "closed_total")
-    eventually(lambda: all(beat(layout, "desk").counters.get(name) for name in happened), 60, f"{happened}")
+    eventually(lambda: all(beat(layout, "desk").counters.get(name) for name in happened), 180, f"{happened}")
     simulate = beat(layout, "simulate").pid
     os.kill(simulate, signal.SIGSTOP)
     try:
-        eventually(lambda: len(status(layout)["gateways"]["late"]) >= 1, 30, "a late gateway")
+        eventually(lambda: len(status(layout)["gateways"]["late"]) >= 1, 60, "a late gateway")
         scrape(layout, server)
     finally:
         os.kill(simulate, signal.SIGCONT)
-    eventually(lambda: beat(layout, "influx").counters.get("values_total", 0) > 1000, 30, "values in the server")
+    eventually(lambda: beat(layout, "influx").counters.get("values_total", 0) > 1000, 60, "values in the server")
     scrape(layout, server)
 
 
