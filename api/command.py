@@ -19,6 +19,8 @@ from api.site import Site
 from citybrain.cli import Subcommand, emit
 from citybrain.clock import wait_s
 from citybrain.counters import Counters
+from citybrain.db.place import add_database, layout_of
+from citybrain.db.store import named, open_store
 from citybrain.errors import CityBrainError, Unavailable
 from citybrain.layout import Layout
 
@@ -106,30 +108,34 @@ def serve(layout: Layout) -> None:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Serve the HTTP API and the status page on the address in run/run.json."
+    add_database(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
-    serve(Layout(args.data))
+    layout = layout_of(args)
+    if layout.store:  # whether it answers is seen by each request; what is wrong in the URL is said now
+        open_store(layout.place, readonly=True).dispose()
+    serve(layout)
     return 0
 
 
 def _migrate(args: argparse.Namespace) -> int:
     from citybrain.db.migrations import upgrade  # noqa: PLC0415  alembic is not needed to serve
-    from citybrain.db.store import open_store  # noqa: PLC0415
 
-    layout = Layout(args.data)
+    layout = layout_of(args)
     layout.make()
-    store = open_store(layout.database)
+    store = open_store(layout.place)
     try:
         upgrade(store)
     finally:
         store.dispose()
-    emit({"database": str(layout.database)}, as_json=args.json)
+    emit({"database": named(store)}, as_json=args.json)
     return 0
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Bring the desk's database to this version's schema; nothing is lost, and it may be repeated."
+    add_database(parser)
 
 
 command = Subcommand("serve the HTTP API and the status page", _arguments, _run)

@@ -22,6 +22,7 @@ from api.cases.places import Atlas
 from api.casework import CaseConfig
 from api.clerk import Clerk, Setting
 from api.instructions import follow
+from api.lease import Lease
 from api.ledger import Ledger, text
 from api.outbox import Attempt, Outgoing
 from api.rulebook import Rulebook
@@ -29,7 +30,7 @@ from citybrain.clock import MINUTE_MS
 from citybrain.counters import Counters
 from citybrain.db.migrations import upgrade
 from citybrain.db.schema import alarms, asked, cases, consumed, incidents, journal, meta, outbox
-from citybrain.db.store import writing
+from citybrain.db.store import reading, writing
 from citybrain.errors import ConfigError, StorageError, TransitionError
 from citybrain.layout import Layout
 from citybrain.mailbox import Command, Mailbox
@@ -75,7 +76,7 @@ class Desk:
 
     Rule sets come from `layout.blobs` by the hash each transition names; the registry by the hash in
     `layout.read_active()`, which ingest writes. Until there is one, a step takes nothing. `logs` is where transitions
-    are read, by default the data folder.
+    are read, by default the data folder. `lease`: what every transaction must hold, where there may be several desks.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class Desk:
         config: DeskConfig = DEFAULTS,
         counters: Counters | None = None,
         logs: LogStore | None = None,
+        lease: Lease | None = None,
     ) -> None:
         self.store = store
+        self.lease = lease
         self.layout = layout
         self.shards = tuple(shards)
         self.categories = categories
@@ -110,6 +113,7 @@ class Desk:
         self._next_due: int | None = None
         self._next_delivery: int | None = None
         self._asking = False  # whether something waits to be asked of ingest
+        self._stale = True  # whether what is committed must be read again before the next step
 
     def start(self) -> None:
         """Bring the schema up to date and find out where it stopped; raises StorageError, ConfigError, NotFound."""
@@ -118,9 +122,10 @@ class Desk:
         self.resume()
 
     def resume(self) -> None:
-        """Go on from what is committed; also after a transaction that failed."""
+        """Go on from what is committed; also after a transaction that failed, or when this desk takes over."""
+        self._stale = True
         self._shelf.forget()
-        with self.store.connect() as connection:
+        with reading(self.store) as connection:
             rows = {row["shard"]: row for row in connection.execute(select(consumed)).mappings()}
             registry = connection.execute(select(meta.c.value).where(meta.c.key == "registry")).scalar()
             self._look_ahead(connection)
@@ -130,6 +135,7 @@ class Desk:
             self._readers[shard] = self.logs.reader("transitions", shard, offset)
             self._waiting[shard] = deque()
         self._atlas = self._read_atlas(registry) if registry else Atlas(Registry((), ()))
+        self._stale = False
 
     def _read_atlas(self, name: str) -> Atlas:
         return Atlas(decode_registry(self.layout.get_blob(name)), name)
@@ -147,21 +153,26 @@ class Desk:
     def step(self, now_ms: int) -> int:
         """Take what is there (bounded), in one transaction; return how many inputs were taken, 0 where none were.
 
-        Raises StorageError (DiskFull) with nothing written; the next step takes the same again.
+        Raises StorageError (DiskFull; Fenced where another desk has taken over) or Unavailable with nothing written;
+        the next step takes the same again.
         """
+        if self._stale:
+            self.resume()
         try:
             inputs, caught_up = self._gather()
             timers = caught_up and self._next_due is not None and self._next_due <= now_ms
             if not inputs and not timers:
                 return 0
             with writing(self.store) as connection:
+                if self.lease is not None:
+                    self.lease.hold(connection)
                 ledger = Ledger(connection)
                 for one in inputs:
                     self.apply(ledger, one, now_ms)
                 taken = len(inputs) + (self._timers(ledger, now_ms) if timers else 0)
                 self._look_ahead(connection)
         except BaseException:
-            self.resume()  # nothing was written: read it all again
+            self._stale = True  # nothing was written: read it all again, once the database answers
             raise
         for _ in range(sum(one.source == "delivery" for one in inputs)):
             self._results.popleft()
@@ -204,7 +215,7 @@ class Desk:
         """
         if not self._asking:
             return []
-        with self.store.connect() as connection:
+        with reading(self.store) as connection:
             waiting = select(asked).where(asked.c.done == 0).order_by(asked.c.id).limit(self.config.batch)
             rows = connection.execute(waiting).mappings().all()
             newest = max((row["id"] for row in rows if row["kind"] == "registry"), default=0)
@@ -353,7 +364,7 @@ class Desk:
             .order_by(outbox.c.urgent.desc(), outbox.c.n)
             .limit(most)
         )
-        with self.store.connect() as connection:
+        with reading(self.store) as connection:
             rows = connection.execute(query).all()
         return [Outgoing(row.id, row.body.encode(), bool(row.urgent), row.attempts) for row in rows]
 
@@ -382,7 +393,7 @@ class Desk:
             "messages_waiting": select(func.count()).where(outbox.c.state == "pending"),
         }
         waiting_since = select(func.min(outbox.c.created_at)).where(outbox.c.state == "pending")
-        with self.store.connect() as connection:
+        with reading(self.store) as connection:
             for name, query in counted.items():
                 self.counters.gauges[name] = float(connection.execute(query).scalar_one())
             made_at = connection.execute(waiting_since).scalar()

@@ -15,7 +15,7 @@ from api.disk import DiskWatch
 from api.readings import Latest
 from citybrain.clock import Clock, real_unix_ms
 from citybrain.counters import Counters, Heartbeat, read_heartbeats, takes_of
-from citybrain.db.store import open_store
+from citybrain.db.store import exists, open_store
 from citybrain.errors import CityBrainError
 from citybrain.layout import Layout, Run
 from citybrain.mailbox import Mailbox
@@ -72,9 +72,9 @@ class Site:
         """Give a read-only connection to the desk's database; raises Problem 503 while there is none."""
         with self._opening:
             if self._engine is None:
-                if not self.layout.database.exists():
+                if not exists(self.layout.place):
                     raise Problem(503, "no_database", "desk", "the database is not there yet; the desk makes it")
-                self._engine = open_store(self.layout.database, readonly=True)
+                self._engine = open_store(self.layout.place, readonly=True)
         with self._engine.connect() as connection:
             yield connection
 
@@ -128,7 +128,7 @@ def of_this_run(beats: Mapping[str, Heartbeat], now_ms: int, shards: int) -> dic
     for name, beat in beats.items():
         role = role_of(name)
         if role in PIPELINE:
-            ours = beat in in_force(beats, role, shards)
+            ours = beat in in_force(beats, role, shards) or (standing_by(beat) and beat.live(now_ms))
         else:
             ours = known is None or name in ("run", *known) or beat.live(now_ms)
         if ours:
@@ -156,16 +156,24 @@ def not_live(beats: Mapping[str, Heartbeat], now_ms: int, shards: int) -> list[s
 
 
 def in_charge(beats: Mapping[str, Heartbeat], role: str, shard: int, shards: int) -> Heartbeat | None:
-    """Return the process of a role that has a shard: who was heard last, since a run may divide them anew."""
+    """Return the process of a role that has a shard: who was heard last, since a run may divide them anew.
+
+    A desk that stands by has none, as long as there is another.
+    """
     claims = {name: takes_of(name, shards) for name in beats}
     having = [beats[name] for name, (its, numbers) in claims.items() if its == role and shard in numbers]
-    return max(having, key=lambda beat: beat.at, default=None)
+    return max(having, key=lambda beat: (not standing_by(beat), beat.at), default=None)
 
 
 def in_force(beats: Mapping[str, Heartbeat], role: str, shards: int) -> list[Heartbeat]:
     """Return the processes of a role that have its shards now, without those of an earlier division."""
     found = (in_charge(beats, role, shard, shards) for shard in range(shards))
     return list({beat.process: beat for beat in found if beat is not None}.values())
+
+
+def standing_by(beat: Heartbeat) -> bool:
+    """Return whether this is a desk that waits for the one that works to fall silent."""
+    return beat.gauges.get("standby", 0.0) >= 1.0
 
 
 def ready(beat: Heartbeat) -> bool:
@@ -177,6 +185,8 @@ def ready(beat: Heartbeat) -> bool:
 
 
 def _why(beat: Heartbeat) -> str:
+    if standing_by(beat):
+        return "it stands by, and no desk works"
     return "not connected to the broker" if role_of(beat.process) == "ingest" else "starting"
 
 

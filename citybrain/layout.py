@@ -43,9 +43,10 @@ class Active(msgspec.Struct, frozen=True):
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """The folders under `--data DIR`."""
+    """The folders under `--data DIR`, and the URL of the desk's database where that is not a file among them."""
 
     root: Path
+    store: str = ""
 
     @property
     def run(self) -> Path:
@@ -70,6 +71,11 @@ class Layout(msgspec.Struct, frozen=True):
     @property
     def database(self) -> Path:
         return self.root / "city.db"
+
+    @property
+    def place(self) -> Path | str:
+        """Where the desk's database is: a file, or a URL (`citybrain.db.place`)."""
+        return self.store or self.database
 
     @property
     def secrets(self) -> Path:

@@ -289,7 +289,7 @@ def test_content_is_fetched_where_it_is_not_and_proved(topics: KafkaStore, layou
     for one in (name, empty, name):
         topics.share(one)
     blobs = Blobs(topics.settings, topics.blobs.topic, Layout(tmp_path / "there"))
-    there = SharedLayout(tmp_path / "there", blobs)
+    there = SharedLayout(tmp_path / "there", source=blobs)
     there.make()
     assert there.get_blob(name) == content
     assert there.get_blob(empty) == b""

@@ -24,11 +24,31 @@ from sqlalchemy import (
 metadata = MetaData()
 Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite only counts INTEGER PRIMARY KEY by itself
 
+
+def _number(table: str, name: str = "id") -> Column[int]:
+    """Return a table's own number: one more than the last, in the transaction that writes the row.
+
+    There is one writer, so nobody needs a sequence; and a sequence would leave gaps where a transaction fails, so that
+    a replay of the journal would give other rows.
+    """
+    return Column(name, Id, primary_key=True, default=text(f"(SELECT coalesce(max({name}), 0) + 1 FROM {table})"))
+
+
 meta = Table(
     "meta",
     metadata,
     Column("key", String, primary_key=True),
     Column("value", Text, nullable=False),
+)
+
+lease = Table(
+    "lease",
+    metadata,
+    Column("name", String, primary_key=True),  # desk
+    Column("holder", String, nullable=False),
+    Column("generation", BigInteger, nullable=False),  # one more with every change of the holder
+    Column("until", BigInteger, nullable=False),  # by the database's clock; 0 where a file lock decides (SQLite)
+    comment="who may write: locked and compared in every transaction of a writer",
 )
 
 consumed = Table(
@@ -44,7 +64,7 @@ consumed = Table(
 journal = Table(
     "journal",
     metadata,
-    Column("n", Id, primary_key=True),
+    _number("journal", "n"),
     Column("at", BigInteger, nullable=False),  # the `now` of this input's decisions
     Column("source", String, nullable=False),  # registry | transition | command | timer | delivery
     Column("shard", Integer),
@@ -55,7 +75,7 @@ journal = Table(
 alarms = Table(
     "alarms",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("alarms"),
     Column("rule", String, nullable=False),
     Column("ruleset", String, nullable=False),
     Column("subject", String, nullable=False),
@@ -87,13 +107,18 @@ alarms = Table(
     ),
     Index("alarms_by_incident", "incident"),
     Index("alarms_by_subject", "subject"),
-    Index("alarms_due", "due_at", sqlite_where=text("due_at IS NOT NULL")),
+    Index(
+        "alarms_due",
+        "due_at",
+        sqlite_where=text("due_at IS NOT NULL"),
+        postgresql_where=text("due_at IS NOT NULL"),
+    ),
 )
 
 incidents = Table(
     "incidents",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("incidents"),
     Column("state", String, nullable=False),  # streams.incidents.INCIDENT
     Column("open", Integer, nullable=False),
     Column("kind", String, nullable=False, server_default="case"),  # case | maintenance; they never mix
@@ -110,13 +135,18 @@ incidents = Table(
     Column("confirmed_by", String),
     Column("reason", String, nullable=False, server_default=""),
     Index("open_incidents", "cause", "key", sqlite_where=text("open = 1"), postgresql_where=text("open = 1")),
-    Index("incidents_due", "due_at", sqlite_where=text("due_at IS NOT NULL")),
+    Index(
+        "incidents_due",
+        "due_at",
+        sqlite_where=text("due_at IS NOT NULL"),
+        postgresql_where=text("due_at IS NOT NULL"),
+    ),
 )
 
 cases = Table(
     "cases",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("cases"),
     Column("number", String, nullable=False, unique=True),
     Column("kind", String, nullable=False),  # case | rescue | maintenance
     Column("incident", BigInteger, ForeignKey("incidents.id"), nullable=False),
@@ -170,7 +200,7 @@ cases = Table(
 timeline = Table(
     "timeline",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("timeline"),
     Column("at", BigInteger, nullable=False),
     Column("entity", String, nullable=False),  # alarm | incident | case | asset | register
     Column("entity_id", BigInteger, nullable=False),
@@ -212,7 +242,6 @@ commands = Table(
     Column("result", String, nullable=False),  # applied | refused
     Column("message", String, nullable=False),
     Column("reason", String, nullable=False),
-    UniqueConstraint("id"),
 )
 
 # --- the ledger (台账): docs/ledger.md. Its version stands in `meta`; every row is also in the change that brought it.
@@ -220,7 +249,7 @@ commands = Table(
 assets = Table(
     "assets",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("assets"),
     Column("code", String, nullable=False, unique=True),
     Column("kind", String, nullable=False),
     Column("name", String, nullable=False),
@@ -247,7 +276,7 @@ assets = Table(
 sensors = Table(
     "sensors",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("sensors"),
     Column("sensor", String, nullable=False),  # its name on the wire
     Column("asset", String, nullable=False),
     Column("installed_at", BigInteger, nullable=False),
@@ -260,7 +289,7 @@ sensors = Table(
 organisation = Table(
     "organisation",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("organisation"),
     Column("kind", String, nullable=False),  # gateways | units | areas | zones | cells | roads | shapes
     Column("key", String, nullable=False),
     Column("body", Text, nullable=False),  # json of its struct
@@ -271,7 +300,7 @@ organisation = Table(
 registers = Table(
     "registers",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("registers"),
     Column("kind", String, nullable=False),  # use | maintenance
     Column("subject", String, nullable=False),
     Column("rules", Text, nullable=False),  # json
@@ -288,7 +317,7 @@ registers = Table(
 asked = Table(
     "asked",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("asked"),
     Column("at", BigInteger, nullable=False),
     Column("kind", String, nullable=False),  # registry | override
     Column("body", Text, nullable=False),  # json

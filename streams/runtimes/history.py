@@ -19,6 +19,7 @@ from citybrain.cli import Subcommand, emit
 from citybrain.clock import Clock, iso, monotonic_s, wait_s
 from citybrain.config import duration_text
 from citybrain.counters import Counters
+from citybrain.db.place import add_database, layout_of
 from citybrain.errors import Damaged, DiskFull, Unavailable
 from citybrain.layout import Layout
 from citybrain.mailbox import Mailbox
@@ -316,10 +317,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="serve (default): make Parquet of the log as it grows; status: how the history stands; "
         "compact: do all there is to do now, and end; verify: check every file",
     )
+    add_database(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
-    layout = Layout(args.data)
+    layout = layout_of(args)
     layout.make()
     return ACTIONS[args.action](layout, range(layout.read_run().shards), args)
 

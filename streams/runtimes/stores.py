@@ -39,4 +39,4 @@ def open_place(args: argparse.Namespace, layout: Layout, shards: int, segment_by
 
     store = KafkaStore(args.kafka, layout, shards, prefix=args.topics)
     store.open()
-    return Place(SharedLayout(layout.root, store.blobs), store)
+    return Place(SharedLayout(layout.root, layout.store, store.blobs), store)

@@ -26,7 +26,6 @@ def upgrade() -> None:
         sa.Column("message", sa.String(), nullable=False),
         sa.Column("reason", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
-        sa.UniqueConstraint("id"),
     )
     op.create_table(
         "consumed",
@@ -57,7 +56,14 @@ def upgrade() -> None:
         sa.Column("reason", sa.String(), server_default="", nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
-    op.create_index("incidents_due", "incidents", ["due_at"], unique=False, sqlite_where=sa.text("due_at IS NOT NULL"))
+    op.create_index(
+        "incidents_due",
+        "incidents",
+        ["due_at"],
+        unique=False,
+        sqlite_where=sa.text("due_at IS NOT NULL"),
+        postgresql_where=sa.text("due_at IS NOT NULL"),
+    )
     op.create_index(
         "open_incidents",
         "incidents",
@@ -129,7 +135,14 @@ def upgrade() -> None:
     )
     op.create_index("alarms_by_incident", "alarms", ["incident"], unique=False)
     op.create_index("alarms_by_subject", "alarms", ["subject"], unique=False)
-    op.create_index("alarms_due", "alarms", ["due_at"], unique=False, sqlite_where=sa.text("due_at IS NOT NULL"))
+    op.create_index(
+        "alarms_due",
+        "alarms",
+        ["due_at"],
+        unique=False,
+        sqlite_where=sa.text("due_at IS NOT NULL"),
+        postgresql_where=sa.text("due_at IS NOT NULL"),
+    )
     op.create_index(
         "one_open_alarm",
         "alarms",
