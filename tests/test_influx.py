@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from benchmarks.faults_lines import Lines
 from citybrain.cli import main
 from citybrain.clock import RunClock, real_unix_ms
 from citybrain.counters import Heartbeat, read_heartbeats
@@ -157,6 +158,26 @@ def test_the_server_killed_and_started_again(layout: Layout, victoria: Victoria)
         victoria.start()
         written(layout, len(log.records))
         eventually(lambda: said(layout).gauges["influx_answers"] == 1, what="the heartbeat saying so")
+    same(victoria, expected(layout, log.records))
+
+
+def test_the_server_killed_and_started_again_behind_a_proxy_that_never_refuses(
+    layout: Layout, victoria: Victoria
+) -> None:
+    log = busy_log(layout, 200, 4)
+    with Lines() as lines:
+        configure(layout, f"http://127.0.0.1:{lines.line(victoria.port).port}")
+        write(layout, log.records[:100])
+        with influx(layout):
+            written(layout, 100)
+            victoria.kill()
+            write(layout, log.records[100:])
+            eventually(lambda: said(layout).gauges["influx_answers"] == 0, 20, "the heartbeat saying so")
+            assert "RemoteDisconnected" in said(layout).details["server"]
+            victoria.start()
+            written(layout, len(log.records))
+            eventually(lambda: said(layout).counters.get("rewritten_total", 0) > 0, what="the last seconds again")
+            written(layout, len(log.records))
     same(victoria, expected(layout, log.records))
 
 
