@@ -16,11 +16,15 @@ from citybrain.model import Transition
 
 
 class Findings(msgspec.Struct):
-    """What is wrong: what there is twice, what there is not, and what nobody planted."""
+    """What is wrong: what there is twice, what there is not, what nobody planted, and what InfluxDB has not."""
 
     doubled: list[str] = []
     forgotten: list[str] = []
     invented: list[str] = []
+    missing: list[str] = []
+
+    def all(self) -> list[str]:
+        return self.doubled + self.forgotten + self.invented + self.missing
 
 
 class Books(msgspec.Struct, frozen=True):

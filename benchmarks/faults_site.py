@@ -9,24 +9,33 @@ import subprocess
 import sys
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from sqlalchemy import Engine
 
 from benchmarks.faults_lines import Line, Lines
 from benchmarks.faults_load import registry_of, ruleset
 from citybrain.clock import RunClock, monotonic_s, real_unix_ms
+from citybrain.counters import Heartbeat, read_heartbeats
+from citybrain.db.migrations import upgrade
+from citybrain.db.store import open_store
 from citybrain.layout import Layout, Run
 from citybrain.mailbox import Mailbox, command
 from streams.registry import encode_registry
 from streams.ruleset import encode_ruleset
 from streams.runtimes.broker import broker_command, mosquitto
 from streams.runtimes.embedded import make_secrets
-from streams.runtimes.kafka.store import KafkaStore
+from streams.runtimes.kafka.store import KafkaStore, watermarks
 from streams.runtimes.supervisor import accepts
 from tests.conftest import eventually, unused_port
 from tests.kafka_cluster import Cluster, artifacts
+from tests.postgres import PASSWORD, USER
+from tests.postgres import Cluster as Server
+from tests.victoria import Victoria
 
 SHARDS = 2
 BROKERS = 3
@@ -35,20 +44,29 @@ END_S = 20.0
 START_S = 120.0
 PACE = 100.0  # the platform works no case to its end meanwhile: then an alarm that holds stays open
 HOST = "127.0.0.1"
+DESKS = ("desk-a", "desk-b")
+HOLDER = "desk"  # the one of the desks that has the lease
 
 
 class Process:
-    """A program that is kept running until `end`; signals go to its whole process group."""
+    """A program that is kept running until `end`; signals go to it and to all its children."""
 
-    def __init__(self, name: str, argv: Sequence[str], folder: Path, port: int = 0) -> None:
+    def __init__(
+        self, name: str, argv: Sequence[str], folder: Path, port: int = 0, owner: tuple[int, int] | None = None
+    ) -> None:
         self.name = name
         self.port = port  # where it listens; 0: nowhere
         self.ended: Counter[int] = Counter()  # exit codes of those that ended by themselves
-        self._argv = ["setpriv", "--pdeathsig", "KILL", *argv]  # none outlives the benchmark
+        becomes = [f"--reuid={owner[0]}", f"--regid={owner[1]}", "--clear-groups"] if owner and not os.getuid() else []
+        self._argv = ["setpriv", *becomes, "--pdeathsig", "KILL", *argv]  # none outlives the benchmark
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._held = False  # we keep it down
         self._due_s = 0.0
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process is not None else 0
 
     @property
     def well(self) -> bool:
@@ -58,7 +76,7 @@ class Process:
         )
 
     def start(self) -> None:
-        self._held = False
+        self._held, self._due_s = False, 0.0
         with (self._folder / f"{self.name}.log").open("ab") as log:
             self._process = subprocess.Popen(
                 self._argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -72,7 +90,6 @@ class Process:
             self.ended[self._process.returncode] += 1
             self._due_s = monotonic_s() + RESTART_S
         elif monotonic_s() >= self._due_s:
-            self._due_s = 0.0
             self.start()
 
     def kill(self) -> None:
@@ -102,25 +119,47 @@ class Process:
             return None
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, number)
+        if self._process is None or self._process.poll() is not None:
+            return
+        for pid in family(self._process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and all that descend from it. PostgreSQL's backends have process groups of their own."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            parent = int(path.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found
 
 
 class Victim(NamedTuple):
-    """A kind of part that faults happen to: its processes, and whether it has a line that can be cut."""
+    """A kind of part that faults happen to: its processes, whether it has a line that can be cut, and where its faults
+    are felt: by the desk, or by who reads values in InfluxDB.
+    """
 
     kind: str
     members: tuple[str, ...]
     cuttable: bool
+    felt: Literal["desk", "influx"] = "desk"
 
 
 VICTIMS = (
     Victim("ingest", ("ingest-0", "ingest-1"), cuttable=True),  # from the MQTT broker
     Victim("worker", ("worker-a", "worker-b"), cuttable=False),  # Kafka sees no difference to one that is stopped
-    Victim("desk", ("desk",), cuttable=False),
+    Victim("desk", (HOLDER,), cuttable=True),  # from the database
     Victim("kafka", tuple(f"kafka-{number}" for number in range(1, BROKERS + 1)), cuttable=True),
+    Victim("postgres", ("postgres",), cuttable=True),
     Victim("mosquitto", ("mosquitto",), cuttable=True),
     Victim("gateways", ("gateways",), cuttable=True),  # from the MQTT broker
+    Victim("influx", ("victoria",), cuttable=True, felt="influx"),
+    Victim("projection", ("influx",), cuttable=False, felt="influx"),  # who writes to it
 )
 
 
@@ -134,7 +173,10 @@ class Site:
         self._root = root
         self._net = lines
         self._rate, self._causes, self._seed = rate, causes, seed
-        self.address = ""
+        self.address = self.stored_url = ""
+        self.books: Engine  # the desk's database, to read; behind the lines
+        self._server: Server | None = None
+        self._database: Callable[[int], str]  # by the port it is reached at
 
     @property
     def store(self) -> KafkaStore:
@@ -147,6 +189,7 @@ class Site:
         self._start_kafka()
         run = self._prepare()
         self._start_mosquitto(run)
+        self._start_postgres()
         now_ms = run.clock.now_ms()
         for shard in range(SHARDS):
             box = Mailbox(self.layout.mailbox(f"ingest-{shard}"))
@@ -156,7 +199,10 @@ class Site:
             self._citybrain(f"ingest-{shard}", "ingest", "--shards", str(shard), "--port", str(port))
         for name in ("worker-a", "worker-b"):
             self._citybrain(name, "worker", "--runtime", "kafka", "--name", name)
-        self._citybrain("desk", "desk")
+        for name in DESKS:
+            url = self._database(self._line(name, self.lines["postgres"].port))
+            self._citybrain(name, "desk", "--name", name, "--database", url)
+        self._start_influx()
         self._add("platform", self._argv("platform", "--pace", str(PACE)), run.platform_port).start()
         eventually(self._provisioned, START_S, "registry and rules in force")
         load = [sys.executable, "-m", "benchmarks.faults_load", "--data", str(self.layout.root)]
@@ -193,6 +239,34 @@ class Site:
         port = self.lines["mosquitto"].target
         self._add("mosquitto", broker_command(self.layout, port, program), port).start()
 
+    def _start_postgres(self) -> None:
+        """Make a database with this version's tables; what runs then is ours to kill."""
+        self._server = Server.ours()
+        assert self._server.folder is not None
+        name = self._server.database("template0")
+        store = open_store(self._server.url(name))
+        upgrade(store)
+        store.dispose()
+        self._server.stop()
+        password = self.layout.secrets / "postgres.password"
+        password.write_text(PASSWORD)
+        password.chmod(0o600)
+        port, owner = urlsplit(self._server.base).port or 0, self._server.folder.stat()
+        self._database = f"postgresql://{USER}@{HOST}:{{}}/{name}?password_file={password}".format
+        self._add("postgres", self._server.argv, port, (owner.st_uid, owner.st_gid)).start()
+        self._line("postgres", port)
+        self.books = open_store(self._database(port), readonly=True)
+
+    def _start_influx(self) -> None:
+        server = Victoria(self._root / "victoria")
+        self._add("victoria", server.argv, server.port).start()
+        self.stored_url = server.url  # behind the line
+        url = f"http://{HOST}:{self._line('victoria', server.port)}"
+        config = {"url": url, "org": "citybrain", "bucket": "readings"}
+        (self.layout.root / "influx.yaml").write_text("".join(f"{key}: {value}\n" for key, value in config.items()))
+        eventually(lambda: self.processes["victoria"].well, START_S, "VictoriaMetrics listening")
+        self._citybrain("influx", "influx")
+
     def _start_kafka(self) -> None:
         cluster = Cluster(self._root / "kafka", BROKERS, artifacts())
         for broker in cluster.brokers:
@@ -208,8 +282,8 @@ class Site:
         self.lines[name] = self._net.line(target)
         return self.lines[name].port
 
-    def _add(self, name: str, argv: Sequence[str], port: int = 0) -> Process:
-        self.processes[name] = Process(name, argv, self._root, port)
+    def _add(self, name: str, argv: Sequence[str], port: int = 0, owner: tuple[int, int] | None = None) -> Process:
+        self.processes[name] = Process(name, argv, self._root, port, owner)
         return self.processes[name]
 
     def _argv(self, *arguments: str) -> list[str]:
@@ -228,6 +302,15 @@ class Site:
         for process in self.processes.values():
             process.tend()
 
+    def beat(self, name: str) -> Heartbeat | None:
+        """Return a process's last heartbeat."""
+        return next((beat for beat in read_heartbeats(self.layout.run) if beat.process == name), None)
+
+    def log_ends(self) -> list[int]:
+        """Return the offset behind the last record of each shard's log."""
+        store = self.store
+        return [watermarks(store.settings, store.topic("log"), shard)[1] for shard in range(SHARDS)]
+
     def platform_cases(self) -> list[dict[str, Any]]:
         """Return what the grid platform holds."""
         url = f"http://{HOST}:{self.layout.read_run().platform_port}/cases"
@@ -245,6 +328,9 @@ class Site:
         names = sorted(self.processes, key=lambda name: name.startswith("kafka"))
         for name in names:
             self.processes[name].end(signal.SIGKILL)
+        if self._server is not None:
+            self.books.dispose()
+            self._server.remove()
 
 
 @contextmanager

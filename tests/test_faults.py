@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from benchmarks.chaos import count_lost
@@ -20,12 +21,15 @@ from benchmarks.faults import SECONDS, Fault, Recovery, failed, plan, run, table
 from benchmarks.faults_judge import Books, Findings, judge, judge_transitions
 from benchmarks.faults_lines import HOST, Line, Lines
 from benchmarks.faults_load import FAULT, TRAPPED, Said, is_rescue, read_book, subject
-from benchmarks.faults_site import VICTIMS, Process
+from benchmarks.faults_points import distinct, missing_points
+from benchmarks.faults_site import HOLDER, VICTIMS, Process, family
 from citybrain.layout import Layout
 from citybrain.model import Edge, Evidence, Lane, Reading, Transition
 from gateway.spool import Spool
 from tests.conftest import eventually, unused_port
 from tests.kafka_cluster import artifacts
+from tests.postgres import programs
+from tests.victoria import Victoria
 
 # --- the judge: books in order, and each thing that can be wrong with them --------------------------------------------
 
@@ -131,6 +135,15 @@ def test_the_judge_finds_transitions_that_are_missing_twice_or_other() -> None:
     assert [text[:24] for text in findings.invented] == ["transition (0, 3, 0) of ", "transition (0, 4, 0) of "]
 
 
+def test_points_that_influx_has_not_or_has_otherwise_are_found() -> None:
+    times, values = distinct(np.array([5, 6, 7, 6]), np.array([0.5, 0.6, 0.7, 0.65]))  # 6 was said twice
+    assert (times.tolist(), values.tolist()) == ([5, 6, 7], [0.5, 0.65, 0.7])
+    logged = {("elevator_fault_code", "lift-00000"): (times, values), ("meter_value", "load-0-1"): (times, values)}
+    assert missing_points(logged, logged | {("meter_value", "else"): (times, values)}) == {}
+    stored = {("elevator_fault_code", "lift-00000"): (times[[0, 2]], np.array([0.5, 0.71]))}
+    assert missing_points(logged, stored) == {"elevator_fault_code lift-00000": 2, "meter_value load-0-1": 3}
+
+
 def test_a_message_that_is_neither_in_the_log_nor_in_its_spool_is_lost(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     spool = Spool(layout.gateway("gw-a"), "board-1")
@@ -145,10 +158,13 @@ def test_a_message_that_is_neither_in_the_log_nor_in_its_spool_is_lost(tmp_path:
     assert count_lost(layout, Counter({(key, seq): 1 for seq in (1, 3)})) == (5, 1)  # 2 was acknowledged
 
 
-@pytest.mark.parametrize("key", ["lost", "repeated", "doubled", "forgotten", "invented", "unrecovered", "problems"])
+@pytest.mark.parametrize(
+    "key", ["lost", "repeated", "doubled", "forgotten", "invented", "points_missing", "unrecovered", "problems"]
+)
 def test_one_finding_of_any_kind_fails_the_run(key: str) -> None:
     good: dict[str, Any] = {
-        "lost": 0, "repeated": 0, "doubled": 0, "forgotten": 0, "invented": 0, "unrecovered": [], "problems": []
+        "lost": 0, "repeated": 0, "doubled": 0, "forgotten": 0, "invented": 0, "points_missing": 0, "unrecovered": [],
+        "problems": [],
     }  # fmt: skip
     assert not failed(good)
     assert failed(good | {key: ["x"] if isinstance(good[key], list) else 1})
@@ -170,13 +186,14 @@ def test_a_seed_always_gives_the_same_faults_and_every_kind_comes_before_one_com
 
 def test_what_does_not_recover_stands_in_the_table_with_the_limit() -> None:
     fault = Fault("desk", "desk", "kill", 1.0, silent=False)
-    found = table([Recovery(fault, 2.0, 3.0), Recovery(fault, 4.0, 5.0), Recovery(fault, None, 121.0)])
+    found = table([Recovery(fault, 2.0, 3.0, 1.5), Recovery(fault, 4.0, 5.0, 9.5), Recovery(fault, None, 121.0, 3.0)])
     assert found == {
         "desk kill": {
             "count": 3,
             "recovery_s_median": 4.0,
             "recovery_s_max": 120.0,
             "from_beginning_s_max": 121.0,
+            "lag_s_max": 9.5,
         }
     }
 
@@ -294,22 +311,51 @@ def test_a_process_that_ends_by_itself_is_started_again_and_one_that_is_killed_s
     assert process.ended == {3: 1}
 
 
+def test_the_family_of_a_process_is_found_through_process_groups_of_its_own(tmp_path: Path) -> None:
+    script = "import subprocess, sys; subprocess.run(['sleep', '60'], start_new_session=True)"
+    process = Process("parent", [sys.executable, "-c", script], tmp_path)
+    process.start()
+    pid = process.pid
+    eventually(lambda: len(family(pid)) == 2, what="parent and child")
+    child = family(pid)[1]
+    process.pause()
+    eventually(lambda: state(child) == "T", what="the child stopped, too")
+    process.resume()
+    eventually(lambda: state(child) == "S", what="the child going on")
+    process.kill()
+    eventually(lambda: state(child) in "Z-", what="the child killed, too")
+
+
+def state(pid: int) -> str:
+    """Return a process's state as the kernel says it, "-" where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "-"
+
+
 # --- for real ---------------------------------------------------------------------------------------------------------
 
 FEW = [
     Fault("worker", "worker-a", "kill", 0.5, silent=False),
     Fault("kafka", "kafka-1", "kill", 1.0, silent=False),
     Fault("ingest", "ingest-1", "stop", 2.0, silent=False),
-    Fault("mosquitto", "mosquitto", "cut", 1.0, silent=True),
-    Fault("desk", "desk", "kill", 0.5, silent=False),
+    Fault("postgres", "postgres", "stop", 1.5, silent=False),
+    Fault("influx", "victoria", "kill", 0.5, silent=False, felt="influx"),
+    Fault("desk", HOLDER, "kill", 0.5, silent=False),
 ]
 
 
 @pytest.mark.timeout(280)
 def test_a_few_faults_lose_double_and_forget_nothing(tmp_path: Path) -> None:
-    artifacts()  # skips here, or fails in CI, where there is no Kafka
+    artifacts()  # each of these skips here, or fails in CI, where its part cannot be had
+    programs()
+    Victoria(tmp_path / "none")
     result = run(tmp_path, FEW, seed=9, rate=50.0, causes=400)
     assert not failed(result), result
     assert result["faults"] == len(FEW) == sum(row["count"] for row in result["by_kind"].values())
     assert result["causes"] > 2 * len(FEW)
     assert result["produced"] == result["logged"] > result["causes"]
+    # A fault that nobody felt would prove nothing: who is stopped keeps causes waiting as long.
+    assert result["by_kind"]["ingest stop"]["lag_s_max"] > 1.0
+    assert result["by_kind"]["postgres stop"]["lag_s_max"] > 0.5
