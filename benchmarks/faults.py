@@ -16,6 +16,7 @@ forgotten       those that are due and are not; an alarm that is not open althou
 invented        alarms, cases, transitions that nothing planted explains
 recovery_s_max  from the end of a fault
 by_kind         by victim and manner: how many, recovery from the end and from the beginning, the greatest lag meanwhile
+replay_differs  rows of the desk that its journal, done again, makes otherwise
 points_missing  values of the log that InfluxDB has not
 unrecovered     faults after which the lag was not below 5 s within the limit
 ended           parts that ended by themselves, by exit code; they are started again, as a service manager does
@@ -40,12 +41,13 @@ from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 from benchmarks.chaos import count_lost, logged
-from benchmarks.faults_judge import Books, Findings, judge, judge_transitions
+from benchmarks.faults_books import read_books, replay_differs
+from benchmarks.faults_judge import Findings, judge, judge_transitions
 from benchmarks.faults_load import Said, book, gateway_of, is_rescue, read_book, subject
 from benchmarks.faults_points import logged_points, missing_points, stored_points
 from benchmarks.faults_site import DESKS, HOLDER, SHARDS, VICTIMS, Site, Victim, running
 from citybrain.clock import real_unix_ms
-from citybrain.db.schema import alarms, cases, lease, outbox
+from citybrain.db.schema import alarms, lease
 from citybrain.model import Transition
 from streams.engine import Engine
 from streams.log import Kind, decode_transition
@@ -233,19 +235,8 @@ def settle(site: Site, watch: Watch) -> list[str]:
 def quiet(site: Site, watch: Watch) -> bool:
     """Whether every end has arrived and everything is delivered."""
     ended = {subject(one.n) for one in watch.said if one.ended}
-    books = read_books(site, [])
+    books = read_books(site.books, [])
     return not books.undelivered and not any(row["active"] for row in books.alarms if row["subject"] in ended)
-
-
-def read_books(site: Site, platform: list[dict[str, Any]]) -> Books:
-    """Return what the desk's database holds."""
-    with site.books.connect() as db:
-        return Books(
-            [dict(row) for row in db.execute(select(alarms)).mappings()],
-            [dict(row) for row in db.execute(select(cases)).mappings()],
-            list(db.execute(select(outbox.c.id).where(outbox.c.state != "delivered")).scalars()),
-            platform,
-        )
 
 
 def written(site: Site, shard: int) -> list[Transition]:
@@ -258,10 +249,11 @@ def verify(site: Site, watch: Watch) -> tuple[dict[str, int], Findings]:
     """Judge what is left behind: Kafka still runs, everything else has ended."""
     platform = site.platform_cases()
     site.end(["platform", *DESKS, "worker-a", "worker-b", "ingest-0", "ingest-1", "mosquitto", "influx"])
-    findings = judge(watch.said, read_books(site, platform))
+    findings = judge(watch.said, read_books(site.books, platform))
     for shard in range(SHARDS):
         log = list(records(site.store.reader("log", shard)))
         judge_transitions(findings, Engine(shard, site.layout).process(log), written(site, shard))
+    findings.replayed = replay_differs(site.books, site.layout, site.store, SHARDS, site.layout.root)
     missing = missing_points(logged_points(site.store, site.layout, SHARDS), stored_points(site.stored_url))
     findings.missing += [f"{count} points of {name}" for name, count in missing.items()]
     found = logged(site.layout, site.store, SHARDS)
@@ -275,6 +267,7 @@ def verify(site: Site, watch: Watch) -> tuple[dict[str, int], Findings]:
         "doubled": len(findings.doubled),
         "forgotten": len(findings.forgotten),
         "invented": len(findings.invented),
+        "replay_differs": len(findings.replayed),
         "points_missing": sum(missing.values()),
     }, findings
 
@@ -331,7 +324,17 @@ def table(recoveries: list[Recovery]) -> dict[str, dict[str, float]]:
 
 def failed(result: dict[str, Any]) -> bool:
     """Whether a run shows anything that must not be."""
-    wrong = ("lost", "repeated", "doubled", "forgotten", "invented", "points_missing", "unrecovered", "problems")
+    wrong = (
+        "lost",
+        "repeated",
+        "doubled",
+        "forgotten",
+        "invented",
+        "replay_differs",
+        "points_missing",
+        "unrecovered",
+        "problems",
+    )
     return any(result[key] for key in wrong)
 
 

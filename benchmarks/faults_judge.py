@@ -16,15 +16,18 @@ from citybrain.model import Transition
 
 
 class Findings(msgspec.Struct):
-    """What is wrong: what there is twice, what there is not, what nobody planted, and what InfluxDB has not."""
+    """What is wrong: what there is twice, what there is not, what nobody planted, what InfluxDB has not, and rows that
+    the desk's journal makes otherwise.
+    """
 
     doubled: list[str] = []
     forgotten: list[str] = []
     invented: list[str] = []
     missing: list[str] = []
+    replayed: list[str] = []
 
     def all(self) -> list[str]:
-        return self.doubled + self.forgotten + self.invented + self.missing
+        return self.doubled + self.forgotten + self.invented + self.missing + self.replayed
 
 
 class Books(msgspec.Struct, frozen=True):

@@ -15,18 +15,22 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from sqlalchemy import update
 
 from benchmarks.chaos import count_lost
 from benchmarks.faults import SECONDS, Fault, Recovery, failed, plan, run, table
+from benchmarks.faults_books import replay_differs
 from benchmarks.faults_judge import Books, Findings, judge, judge_transitions
 from benchmarks.faults_lines import HOST, Line, Lines
 from benchmarks.faults_load import FAULT, TRAPPED, Said, is_rescue, read_book, subject
 from benchmarks.faults_points import distinct, missing_points
 from benchmarks.faults_site import HOLDER, VICTIMS, Process, family
+from citybrain.db.schema import cases
 from citybrain.layout import Layout
 from citybrain.model import Edge, Evidence, Lane, Reading, Transition
 from gateway.spool import Spool
 from tests.conftest import eventually, unused_port
+from tests.desk_city import MIN, City
 from tests.kafka_cluster import artifacts
 from tests.postgres import programs
 from tests.victoria import Victoria
@@ -158,16 +162,32 @@ def test_a_message_that_is_neither_in_the_log_nor_in_its_spool_is_lost(tmp_path:
     assert count_lost(layout, Counter({(key, seq): 1 for seq in (1, 3)})) == (5, 1)  # 2 was acknowledged
 
 
-@pytest.mark.parametrize(
-    "key", ["lost", "repeated", "doubled", "forgotten", "invented", "points_missing", "unrecovered", "problems"]
-)
+COUNTS = ("lost", "repeated", "doubled", "forgotten", "invented", "replay_differs", "points_missing")
+
+
+@pytest.mark.parametrize("key", [*COUNTS, "unrecovered", "problems"])
 def test_one_finding_of_any_kind_fails_the_run(key: str) -> None:
-    good: dict[str, Any] = {
-        "lost": 0, "repeated": 0, "doubled": 0, "forgotten": 0, "invented": 0, "points_missing": 0, "unrecovered": [],
-        "problems": [],
-    }  # fmt: skip
+    good: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"unrecovered": [], "problems": []}
     assert not failed(good)
-    assert failed(good | {key: ["x"] if isinstance(good[key], list) else 1})
+    assert failed(good | {key: 1 if key in COUNTS else ["x"]})
+
+
+def test_a_row_that_the_journal_does_not_explain_is_found(tmp_path: Path) -> None:
+    city = City(tmp_path / "city")
+    city.raises("hydrant_tilted", "hyd-000", "hyd-005", at=0)
+    city.step(MIN)
+
+    def differs(name: str) -> list[str]:
+        (tmp_path / name).mkdir()
+        return replay_differs(city.store, city.layout, city.logs, 2, tmp_path / name)
+
+    assert city.rows(cases)
+    assert differs("before") == []
+    with city.store.begin() as db:
+        db.execute(update(cases).where(cases.c.id == 1).values(title_en="something else"))
+    (one,) = differs("after")
+    assert one.startswith("cases 1: ")
+    city.close()
 
 
 # --- the plan, the table, the book ------------------------------------------------------------------------------------
