@@ -10,22 +10,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import numpy as np
 import pytest
-from sqlalchemy import update
+from sqlalchemy import insert, update
 
 from benchmarks.chaos import count_lost
-from benchmarks.faults import SECONDS, Fault, Recovery, failed, plan, run, table
+from benchmarks.faults import SECONDS, Fault, Recovery, Watch, failed, plan, run, table
 from benchmarks.faults_books import replay_differs
 from benchmarks.faults_judge import Books, Findings, judge, judge_transitions
 from benchmarks.faults_lines import HOST, Line, Lines
-from benchmarks.faults_load import FAULT, TRAPPED, Said, is_rescue, read_book, subject
+from benchmarks.faults_load import FAULT, TRAPPED, Said, book, is_rescue, read_book, subject
 from benchmarks.faults_points import distinct, missing_points
-from benchmarks.faults_site import HOLDER, VICTIMS, Process, family
-from citybrain.db.schema import cases
+from benchmarks.faults_site import HOLDER, VICTIMS, Process, Site, family
+from citybrain.clock import real_unix_ms
+from citybrain.db.schema import alarms, cases
 from citybrain.layout import Layout
 from citybrain.model import Edge, Evidence, Lane, Reading, Transition
 from gateway.spool import Spool
@@ -226,6 +228,47 @@ def test_a_line_of_the_book_that_is_being_written_is_left_for_later(tmp_path: Pa
     assert read_book(path) == ([Said(1, 1)], len(one))
     path.write_bytes(one + two)
     assert read_book(path, len(one)) == ([Said(2, 1)], len(one + two))
+
+
+def test_recovered_is_when_every_shard_shows_what_was_planted_since_and_nothing_waits_for_long(
+    tmp_path: Path,
+) -> None:
+    city = City(tmp_path)
+    now_ms = real_unix_ms()
+    site = cast(Site, SimpleNamespace(layout=city.layout, books=city.store))
+    old, new, late = Said(0, now_ms - 60_000), Said(1, now_ms - 1000), Said(2, now_ms - 30_000)
+
+    def raised(id: int, n: int) -> None:
+        row = dict.fromkeys(("received_at", "opened_at", "last_at", "raised_at", "count", "shard", "source"), 1)
+        text = dict.fromkeys(("rule", "ruleset", "state", "urgency", "evidence"), "x")
+        with city.store.begin() as db:
+            db.execute(insert(alarms).values(id=id, subject=subject(n), open=1, active=1, **row, **text))
+
+    def write(*said: Said) -> None:
+        with book(city.layout).open("ab") as file:
+            file.writelines(msgspec.json.encode(one) + b"\n" for one in said)
+
+    with Watch(site) as watch:
+
+        def seen(*numbers: int) -> bool:
+            watch.look()
+            return not {*numbers} & watch.waiting.keys()
+
+        write(old, new)
+        assert not seen(0, 1)
+        assert watch.lag_s(now_ms) == 60.0
+        raised(1, 0)
+        eventually(lambda: seen(0), what="the alarm in shard 0")
+        assert watch.lag_s(now_ms) == 1.0
+        assert not watch.recovered(now_ms - 90_000)  # shard 1 showed nothing yet
+        raised(2, 1)
+        eventually(lambda: seen(1), what="the alarm in shard 1")
+        assert watch.recovered(now_ms - 90_000)
+        assert not watch.recovered(now_ms - 5000)  # shard 0 showed nothing since then
+        write(late)
+        assert not seen(2)
+        assert not watch.recovered(now_ms - 90_000)  # something waits
+    city.close()
 
 
 # --- lines and processes ----------------------------------------------------------------------------------------------
