@@ -74,6 +74,11 @@ class Server:
         gone_s, self._gone_s = self._gone_s, None
         return gone_s
 
+    @property
+    def there_s(self) -> float:
+        """Until when (monotonic) the server was there for sure: now, or when it went and has not been asked about."""
+        return monotonic_s() if self._gone_s is None else self._gone_s
+
     def close(self) -> None:
         """Let go of the connection; the next request opens another, with the token as it is then."""
         client, self._client, self._api = self._client, None, None
