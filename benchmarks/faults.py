@@ -46,7 +46,7 @@ from benchmarks.faults_judge import Findings, judge, judge_transitions
 from benchmarks.faults_load import Said, book, gateway_of, is_rescue, read_book, subject
 from benchmarks.faults_points import logged_points, missing_points, stored_points
 from benchmarks.faults_site import DESKS, HOLDER, SHARDS, VICTIMS, Site, Victim, running
-from citybrain.clock import real_unix_ms
+from citybrain.clock import iso, real_unix_ms
 from citybrain.db.schema import alarms, lease
 from citybrain.model import Transition
 from streams.engine import Engine
@@ -255,7 +255,9 @@ def verify(site: Site, watch: Watch) -> tuple[dict[str, int], Findings]:
         judge_transitions(findings, Engine(shard, site.layout).process(log), written(site, shard))
     findings.replayed = replay_differs(site.books, site.layout, site.store, SHARDS, site.layout.root)
     missing = missing_points(logged_points(site.store, site.layout, SHARDS), stored_points(site.stored_url))
-    findings.missing += [f"{count} points of {name}" for name, count in missing.items()]
+    findings.missing += [
+        f"{len(at)} points of {name}, {iso(int(at[0]))} to {iso(int(at[-1]))}" for name, at in missing.items()
+    ]
     found = logged(site.layout, site.store, SHARDS)
     produced, lost = count_lost(site.layout, found)
     return {
@@ -268,7 +270,7 @@ def verify(site: Site, watch: Watch) -> tuple[dict[str, int], Findings]:
         "forgotten": len(findings.forgotten),
         "invented": len(findings.invented),
         "replay_differs": len(findings.replayed),
-        "points_missing": sum(missing.values()),
+        "points_missing": sum(map(len, missing.values())),
     }, findings
 
 
@@ -301,7 +303,10 @@ def tell(number: int, one: Recovery) -> None:
     how = "NOT RECOVERED" if one.from_end_s is None else f"recovered {one.from_end_s:.1f} s after its end"
     how += f", lag at most {one.lag_s:.1f} s"
     cut = (" silently" if one.fault.silent else " refusing") if one.fault.manner == "cut" else ""
-    print(f"{number:3} {one.fault.member} {one.fault.manner}{cut} {one.fault.seconds:.1f} s: {how}", file=sys.stderr)
+    print(
+        f"{iso(real_unix_ms())} {number:3} {one.fault.member} {one.fault.manner}{cut} {one.fault.seconds:.1f} s: {how}",
+        file=sys.stderr,
+    )
 
 
 def table(recoveries: list[Recovery]) -> dict[str, dict[str, float]]:

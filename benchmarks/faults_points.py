@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -73,19 +72,21 @@ def stored_points(url: str) -> Series:
     }
 
 
-def missing_points(logged: Mapping[tuple[str, str], Any], stored: Mapping[tuple[str, str], Any]) -> dict[str, int]:
-    """Return how many points of a series the server has not, or with another value; series that are whole are left out.
+def missing_points(logged: Series, stored: Series) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the times of a series' points that the server has not, or with another value; whole series are left out.
 
     >>> one = (np.array([1, 2]), np.array([0.5, 0.6]))
     >>> missing_points({("m", "d"): one}, {("m", "d"): (np.array([2]), np.array([0.7]))})
-    {'m d': 2}
+    {'m d': array([1, 2])}
     """
     nothing = np.zeros(0, np.int64), np.zeros(0)
     found = {}
     for key, (at, value) in logged.items():
         times, values = stored.get(key, nothing)
         have = np.isin(at, times)
-        same = values[np.searchsorted(times, at[have])] == value[have] if len(times) else np.zeros(0, bool)
-        if missing := len(at) - int(same.sum()):
-            found[" ".join(key)] = missing
+        same = have.copy()
+        if len(times):
+            same[have] = values[np.searchsorted(times, at[have])] == value[have]
+        if not same.all():
+            found[" ".join(key)] = at[~same]
     return found

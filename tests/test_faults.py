@@ -147,7 +147,8 @@ def test_points_that_influx_has_not_or_has_otherwise_are_found() -> None:
     logged = {("elevator_fault_code", "lift-00000"): (times, values), ("meter_value", "load-0-1"): (times, values)}
     assert missing_points(logged, logged | {("meter_value", "else"): (times, values)}) == {}
     stored = {("elevator_fault_code", "lift-00000"): (times[[0, 2]], np.array([0.5, 0.71]))}
-    assert missing_points(logged, stored) == {"elevator_fault_code lift-00000": 2, "meter_value load-0-1": 3}
+    found = {name: at.tolist() for name, at in missing_points(logged, stored).items()}
+    assert found == {"elevator_fault_code lift-00000": [6, 7], "meter_value load-0-1": [5, 6, 7]}
 
 
 def test_a_message_that_is_neither_in_the_log_nor_in_its_spool_is_lost(tmp_path: Path) -> None:
