@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from influxdb_client.rest import ApiException
+from urllib3 import HTTPHeaderDict
 
 from benchmarks.faults_lines import Lines
 from citybrain.cli import main
@@ -25,6 +28,9 @@ from citybrain.storage import OS_FILES
 from streams.history.manifest import history_folder, read_manifest, write_manifest
 from streams.log import Kind
 from streams.projection.follower import Mark, mark_path
+from streams.projection.server import retry_after_s
+from streams.runtimes.kafka.blobs import SharedLayout
+from streams.runtimes.kafka.store import KafkaStore
 from tests.conftest import end, eventually
 from tests.engine_logs import REGISTRIES, START, Log
 from tests.history_logs import busy_log, compacted, rows_of_log, write
@@ -159,6 +165,7 @@ def test_the_server_killed_and_started_again(layout: Layout, victoria: Victoria)
         victoria.start()
         written(layout, len(log.records))
         eventually(lambda: said(layout).gauges["influx_answers"] == 1, what="the heartbeat saying so")
+        eventually(lambda: said(layout).counters.get("rewritten_total", 0) > 0, what="some being written again")
     same(victoria, expected(layout, log.records))
 
 
@@ -242,6 +249,29 @@ def dislikes_b1(lines: list[str]) -> Told | None:
     return None
 
 
+def test_a_batch_that_is_too_large_is_cut(layout: Layout, victoria: Victoria) -> None:
+    log = busy_log(layout, 40, 11)
+    with proxy(victoria.url) as between:
+        between.judge = lambda lines: Told(413, "request too large") if len(lines) > 9 else None
+        configure(layout, between.url)
+        write(layout, log.records)
+        with influx(layout):
+            written(layout, len(log.records))
+        assert between.requests[413] > 0
+    same(victoria, expected(layout, log.records))
+    assert "dropped_total{reason=refused}" not in said(layout).counters
+
+
+@pytest.mark.parametrize(
+    ("given", "wait_s"),
+    [("7", 7.0), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("soon", None), ("-3", None), ("", None)],
+)
+def test_what_retry_after_asks_for(given: str, wait_s: float | None) -> None:
+    refusal = ApiException(status=503, reason="busy")  # type: ignore[no-untyped-call]
+    refusal.headers = HTTPHeaderDict({"Retry-After": given})
+    assert retry_after_s(refusal) == wait_s
+
+
 def test_what_a_server_does_not_take_is_counted_and_the_rest_goes_on(layout: Layout, victoria: Victoria) -> None:
     log = busy_log(layout, 40, 7)
     with proxy(victoria.url) as between:
@@ -291,15 +321,28 @@ def test_what_nobody_has_any_more_is_said_and_names_stay_right(layout: Layout, v
     manifest.parts = kept
     write_manifest(folder, manifest)
     (folder / kept[0].records_file).write_bytes(b"no parquet")
+    assert kept[1].first < begin
     with influx(layout):
         written(layout, len(log.records))
-    assert kept[1].first < begin
     wanted = rows_of_log(layout, log.records)
     left = {(device, metric, at) for offset, _, device, metric, at, _ in wanted if offset >= kept[1].first}
     assert {(device, name.partition("_")[2], at) for name, device, at, _ in victoria.samples()} == left
     assert said(layout).counters["missing_total"] == kept[1].first
     assert said(layout).counters["errors_total{stage=history}"] >= 1
     assert any("are no longer in the log" in text for text in said(layout).warnings)
+
+
+def test_a_history_that_cannot_be_read_stops_nothing(layout: Layout, victoria: Victoria) -> None:
+    log = busy_log(layout, 300, 12)
+    configure(layout, victoria.url)
+    begin = retained(layout, log.records)
+    (history_folder(layout, 0) / "manifest.json").write_text("{")
+    with influx(layout):
+        written(layout, len(log.records))
+    found = said(layout).counters
+    assert found["missing_total"] == begin
+    assert found["dropped_total{reason=inactive}"] > 0  # no registry is known behind the hole: nothing is guessed
+    assert victoria.samples() == []
 
 
 def test_names_that_the_line_protocol_would_misread(layout: Layout, victoria: Victoria) -> None:
@@ -319,6 +362,26 @@ def test_names_that_the_line_protocol_would_misread(layout: Layout, victoria: Vi
         "a1": "南区, 1号=A 泵", "a2": 'quo"te', "b1": "back_slash_", "c1": "new_line",
     }  # fmt: skip
     assert {float(row["value"][1]) for row in found} == {1e-7}
+
+
+def test_a_log_in_kafka(layout: Layout, victoria: Victoria, kafka: str, topic_prefix: str) -> None:
+    log = busy_log(layout, 60, 10)
+    configure(layout, victoria.url)
+    store = KafkaStore(kafka, layout, 1, prefix=topic_prefix)
+    store.open()
+    for path in layout.blobs.iterdir():
+        store.share(path.name)
+    writer = store.writer("log", 0)
+    writer.start()
+    for record in log.records:
+        writer.append(record.kind, record.received_at, record.payload)
+    behind = writer.commit()
+    shutil.rmtree(layout.blobs)  # another machine's data folder: registries come from Kafka as well
+    with influx(layout, "--log", "kafka", "--kafka", kafka, "--topics", topic_prefix):
+        written(layout, behind)
+    writer.close()
+    same(victoria, expected(SharedLayout(layout.root, store.blobs), log.records))
+    assert "missing_total" not in said(layout).counters
 
 
 # --- what a person gets wrong -----------------------------------------------------------------------------------

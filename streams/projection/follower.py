@@ -20,7 +20,6 @@ from citybrain.layout import Layout
 from citybrain.segments import Record
 from citybrain.storage import OS_FILES, Files
 from streams.history.build import open_frame, registry_of
-from streams.history.manifest import history_folder, read_manifest
 from streams.log import Kind
 from streams.logs import LogStore
 from streams.projection.lines import Lines, Values, joined
@@ -159,7 +158,7 @@ class Follower:
         self._counters.add("missing_total", found - expected)
         self._warn(f"offsets {expected}..{found - 1} are no longer in the log; their values are not in the server")
         self._lines = None
-        for part in read_manifest(history_folder(self._layout, self.shard)).parts:
+        for part in self._trail.parts():
             if part.first == found and part.registry:
                 self._adopt(part.registry, f"offset {found}")
             elif part.first < found < part.next and len(part.registries) == 1:

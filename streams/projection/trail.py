@@ -6,11 +6,11 @@ import duckdb
 import pyarrow as pa
 
 from citybrain.counters import Counters
-from citybrain.errors import CityBrainError
+from citybrain.errors import CityBrainError, Damaged
 from citybrain.layout import Layout
 from citybrain.segments import Record
 from streams.history import frames
-from streams.history.manifest import history_folder, read_manifest
+from streams.history.manifest import Part, history_folder, read_manifest
 from streams.history.query import report_damage
 from streams.logs import LogStore
 
@@ -41,10 +41,18 @@ class Trail:
             self.offset = taken[-1].offset + 1
         return taken
 
+    def parts(self) -> tuple[Part, ...]:
+        """Return the parts of the history, none where it cannot be read (which is counted)."""
+        try:
+            return read_manifest(history_folder(self._layout, self._shard)).parts
+        except Damaged as error:
+            self._counters.add("errors_total", stage="history")
+            self._counters.warn(f"shard {self._shard}: {error}")
+            return ()
+
     def _told_again(self, behind: int) -> list[Record]:
         """Return some records of the history before `behind`, and go on behind them, or behind what it has not."""
-        parts = read_manifest(history_folder(self._layout, self._shard)).parts
-        part = next((part for part in parts if part.next > self.offset), None)
+        part = next((part for part in self.parts() if part.next > self.offset), None)
         if part is None or part.first >= behind:
             self.offset = behind
             return []

@@ -202,6 +202,8 @@ def parts_of(layout: Layout, run: Run, *, simulate: bool) -> list[Part]:
         Part("desk", own("desk"), after=("migrate",), proof="lag_s", wave=1),
         Part("api", own("api"), after=("migrate",), port=run.api_port, wave=1),
     ]
+    if (layout.root / "influx.yaml").exists():
+        parts.append(Part("influx", own("influx"), proof="influx_lag_s", wave=1))
     agreed = layout.clouds / "simulated.yaml" if simulate else layout.root / "clouds.yaml"
     if simulate or agreed.exists():
         cloud = own("cloud", "--config", str(agreed))

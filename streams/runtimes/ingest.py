@@ -70,7 +70,7 @@ class IngestProcess:
     """The loop around `Ingest`. `run` returns when `stop` has been called."""
 
     def __init__(
-        self, layout: Layout, run: Run, shards: Sequence[int], port: int, logs: LogStore | None = None
+        self, layout: Layout, run: Run, shards: Sequence[int], port: int, logs: LogStore | None = None, host: str = ""
     ) -> None:
         self.layout = layout
         self.shards = tuple(shards)
@@ -85,7 +85,7 @@ class IngestProcess:
         self._reconnect_ms = round(RECONNECT_S * 1000 * run.clock.speed)
         self._mailbox = Mailbox(layout.mailbox(name))
         self._topics = [f"cb/v1/{shard}/+/{channel}" for shard in self.shards for channel in CHANNELS]
-        self._link = Link(run.host, port, name)
+        self._link = Link(host or run.host, port, name)
         self._stopping = False
         self._up_since = 0
         self._failures = 0
@@ -228,6 +228,7 @@ class IngestProcess:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", metavar="LIST", help="shards to take, such as 0,1 (default: all of the run)")
+    parser.add_argument("--host", default="", help="the broker's host, such as mosquitto (default: the run's)")
     parser.add_argument("--port", type=int, help="the broker's port (default: the run's)")
     add_arguments(parser)
 
@@ -251,7 +252,7 @@ def _run(args: argparse.Namespace) -> int:
     run = layout.read_run()
     shards = parse_shards(args.shards, run.shards)
     place = open_place(args, layout, run.shards, SEGMENT_BYTES)
-    process = IngestProcess(place.layout, run, shards, args.port or run.mqtt_port, place.logs)
+    process = IngestProcess(place.layout, run, shards, args.port or run.mqtt_port, place.logs, args.host)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, process.stop)
     process.run()
