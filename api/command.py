@@ -1,4 +1,4 @@
-"""`citybrain api` and `citybrain migrate`."""
+"""`citybrain api`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from api.app import create_app
 from api.disk import DiskWatch
 from api.readings import Latest
 from api.site import Site
-from citybrain.cli import Subcommand, emit
+from citybrain.cli import Subcommand
 from citybrain.clock import wait_s
 from citybrain.counters import Counters
 from citybrain.db.place import add_database, layout_of
-from citybrain.db.store import named, open_store
+from citybrain.db.store import open_store
 from citybrain.errors import CityBrainError, Unavailable
 from citybrain.layout import Layout
 
@@ -119,24 +119,4 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _migrate(args: argparse.Namespace) -> int:
-    from citybrain.db.migrations import upgrade  # noqa: PLC0415  alembic is not needed to serve
-
-    layout = layout_of(args)
-    layout.make()
-    store = open_store(layout.place)
-    try:
-        upgrade(store)
-    finally:
-        store.dispose()
-    emit({"database": named(store)}, as_json=args.json)
-    return 0
-
-
-def _no_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Bring the desk's database to this version's schema; nothing is lost, and it may be repeated."
-    add_database(parser)
-
-
 command = Subcommand("serve the HTTP API and the status page", _arguments, _run)
-migrate = Subcommand("bring the database to this version's schema", _no_arguments, _migrate)

@@ -29,8 +29,8 @@ from api.rulebook import Rulebook
 from citybrain.clock import MINUTE_MS
 from citybrain.counters import Counters
 from citybrain.db.migrations import upgrade
-from citybrain.db.schema import alarms, asked, cases, consumed, incidents, journal, meta, outbox
-from citybrain.db.store import reading, writing
+from citybrain.db.schema import MOVED, MOVING, alarms, asked, cases, consumed, incidents, journal, meta, outbox
+from citybrain.db.store import named, reading, writing
 from citybrain.errors import ConfigError, StorageError, TransitionError
 from citybrain.layout import Layout
 from citybrain.mailbox import Command, Mailbox
@@ -127,8 +127,10 @@ class Desk:
         self._shelf.forget()
         with reading(self.store) as connection:
             rows = {row["shard"]: row for row in connection.execute(select(consumed)).mappings()}
-            registry = connection.execute(select(meta.c.value).where(meta.c.key == "registry")).scalar()
+            known = {row.key: row.value for row in connection.execute(select(meta))}
             self._look_ahead(connection)
+        self._refuse_moved(known)
+        registry = known.get("registry")
         self._names = {shard: (row["source"], row["index"]) for shard, row in rows.items()}
         for shard in self.shards:
             offset = rows[shard]["offset"] if shard in rows else 0
@@ -136,6 +138,12 @@ class Desk:
             self._waiting[shard] = deque()
         self._atlas = self._read_atlas(registry) if registry else Atlas(Registry((), ()))
         self._stale = False
+
+    def _refuse_moved(self, known: Mapping[str, str]) -> None:
+        if MOVING in known:
+            raise StorageError(f"{named(self.store)}: a copy into it has not ended; run that `citybrain migrate` again")
+        if MOVED in known:
+            raise StorageError(f"{named(self.store)}: it has moved to {known[MOVED]}; start with --database")
 
     def _read_atlas(self, name: str) -> Atlas:
         return Atlas(decode_registry(self.layout.get_blob(name)), name)

@@ -18,7 +18,20 @@ import fcntl
 import os
 from pathlib import Path
 
-from sqlalchemy import BigInteger, Connection, Engine, bindparam, cast, extract, func, literal, select, update
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Engine,
+    and_,
+    bindparam,
+    cast,
+    extract,
+    func,
+    literal,
+    or_,
+    select,
+    update,
+)
 
 from citybrain.clock import monotonic_s
 from citybrain.db.schema import lease
@@ -81,15 +94,19 @@ class Lease:
         """Whether we had it when we last looked; only a transaction knows (`hold`)."""
         return self.generation is not None
 
-    def take(self) -> bool:
-        """Take the lease where it is free; return whether we have it now. Raises StorageError, Unavailable."""
+    def take(self, *, again: bool = False) -> bool:
+        """Take the lease where it is free; return whether we have it now. Raises StorageError, Unavailable.
+
+        again: it is free as well where its holder has our name; for whoever knows that this one has ended.
+        """
         if self._lock is not None and not self._lock.take():
             return False
         with writing(self.store) as connection:
             until = literal(0) if self._lock is not None else _SERVER_MS + self._lease_ms
             free = select(lease.c.generation).where(lease.c.name == NAME)
             if self._lock is None:
-                free = free.where(lease.c.until < _SERVER_MS).with_for_update(skip_locked=True)
+                ended = or_(lease.c.until < _SERVER_MS, and_(literal(again), lease.c.holder == self.holder))
+                free = free.where(ended).with_for_update(skip_locked=True)
             before = connection.execute(free).scalar()
             if before is None:
                 return False

@@ -215,6 +215,18 @@ def empty_postgres(cluster: Cluster) -> Iterator[str]:
     cluster.drop(name)
 
 
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def shared_database(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As `database`, one for all tests of a file."""
+    if request.param == "sqlite":
+        yield ""
+        return
+    cluster: Cluster = request.getfixturevalue("cluster")
+    name = cluster.lend()
+    yield cluster.url(name)
+    cluster.take_back(name)
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest) -> str:
     """Where a desk keeps its tables: "" is the data folder's own file, else a URL. A suite with it runs on both."""

@@ -37,12 +37,13 @@ def add_database(parser: argparse.ArgumentParser) -> None:
 def layout_of(args: argparse.Namespace, environment: Mapping[str, str] | None = None) -> Layout:
     """Return the data folder with the database that command line or environment name; raises UsageError."""
     environment = os.environ if environment is None else environment
-    url: str = args.database or environment.get(VARIABLE, "")
+    given: str | None = getattr(args, "database", None)  # a command without the option takes the environment's
+    url = given or environment.get(VARIABLE, "")
     if url:
-        parts = split(url, "--database" if args.database else VARIABLE)
-        if args.database and parts.password is not None:
+        parts = split(url, "--database" if given else VARIABLE)
+        if given and parts.password is not None:
             raise UsageError(
-                f"--database {shown(url)}: a password on the command line is seen by everybody on this machine; "
+                f"--database {shown(given)}: a password on the command line is seen by everybody on this machine; "
                 f"write ?password_file=PATH, or give the URL in {VARIABLE}"
             )
     return Layout(args.data, url)

@@ -34,6 +34,10 @@ def _number(table: str, name: str = "id") -> Column[int]:
     return Column(name, Id, primary_key=True, default=text(f"(SELECT coalesce(max({name}), 0) + 1 FROM {table})"))
 
 
+# Keys of `meta` that no desk works beside (docs/database.md).
+MOVING = "moving"  # here: a copy from elsewhere has not ended
+MOVED = "moved"  # here: what there was goes on elsewhere
+
 meta = Table(
     "meta",
     metadata,
