@@ -380,7 +380,7 @@ def test_a_log_in_kafka(layout: Layout, victoria: Victoria, kafka: str, topic_pr
     with influx(layout, "--log", "kafka", "--kafka", kafka, "--topics", topic_prefix):
         written(layout, behind)
     writer.close()
-    same(victoria, expected(SharedLayout(layout.root, store.blobs), log.records))
+    same(victoria, expected(SharedLayout(layout.root, source=store.blobs), log.records))
     assert "missing_total" not in said(layout).counters
 
 
