@@ -109,13 +109,17 @@ class Cluster:
         if done.returncode:
             impossible(f"initdb failed: {done.stderr[-500:]}")
 
+    @property
+    def argv(self) -> list[str]:
+        """The command line that starts it; to be run by whom the folder belongs to."""
+        port = str(urlsplit(self.base).port)
+        argv = [str(programs() / "postgres"), "-D", f"{self.folder}/data", "-p", port, "-h", "127.0.0.1"]
+        return argv + [word for setting in SETTINGS for word in ("-c", setting)]
+
     def start(self) -> None:
         assert self.folder is not None
-        port = str(urlsplit(self.base).port)
-        argv = [str(programs() / "postgres"), "-D", str(self.folder / "data"), "-p", port, "-h", "127.0.0.1"]
-        argv += [word for setting in SETTINGS for word in ("-c", setting)]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(argv, **self._as(), stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.argv, **self._as(), stdout=log, stderr=log)
         eventually(self.answers, 30, "PostgreSQL answering")
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> None:

@@ -17,6 +17,7 @@ import pytest
 from influxdb_client.rest import ApiException
 from urllib3 import HTTPHeaderDict
 
+from benchmarks.faults_lines import Lines
 from citybrain.cli import main
 from citybrain.clock import RunClock, real_unix_ms
 from citybrain.counters import Heartbeat, read_heartbeats
@@ -25,6 +26,7 @@ from citybrain.model import Lane
 from citybrain.segments import Record, segment_name, segments
 from citybrain.storage import OS_FILES
 from streams.history.manifest import history_folder, read_manifest, write_manifest
+from streams.log import Kind
 from streams.projection.follower import Mark, mark_path
 from streams.projection.server import retry_after_s
 from streams.runtimes.kafka.blobs import SharedLayout
@@ -164,6 +166,43 @@ def test_the_server_killed_and_started_again(layout: Layout, victoria: Victoria)
         written(layout, len(log.records))
         eventually(lambda: said(layout).gauges["influx_answers"] == 1, what="the heartbeat saying so")
         eventually(lambda: said(layout).counters.get("rewritten_total", 0) > 0, what="some being written again")
+    same(victoria, expected(layout, log.records))
+
+
+def test_a_server_that_is_away_for_longer_than_what_is_written_again(layout: Layout, victoria: Victoria) -> None:
+    log = busy_log(layout, 200, 4)
+    last = max(n for n, record in enumerate(log.records) if record.kind == Kind.CONTROL) + 1
+    configure(layout, victoria.url, again="1s", batch=5000)
+    write(layout, log.records[:last])
+    with influx(layout):
+        written(layout, last)
+        victoria.kill()
+        write(layout, log.records[last:])  # one request: with its answer the mark moves
+        eventually(lambda: said(layout).counters.get("errors_total{stage=influx}", 0) >= 3, 20, "asked for 1.5 s")
+        victoria.start()
+        eventually(lambda: said(layout).counters.get("rewritten_total", 0) > 0, 20, "some written again")
+        assert said(layout).counters["rewritten_total"] > len(log.records) - last  # and what was before it went
+        written(layout, len(log.records))
+    same(victoria, expected(layout, log.records))
+
+
+def test_the_server_killed_and_started_again_behind_a_proxy_that_never_refuses(
+    layout: Layout, victoria: Victoria
+) -> None:
+    log = busy_log(layout, 200, 4)
+    with Lines() as lines:
+        configure(layout, f"http://127.0.0.1:{lines.line(victoria.port).port}")
+        write(layout, log.records[:100])
+        with influx(layout):
+            written(layout, 100)
+            victoria.kill()
+            write(layout, log.records[100:])
+            eventually(lambda: said(layout).gauges["influx_answers"] == 0, 20, "the heartbeat saying so")
+            assert "Connection aborted" in said(layout).details["server"]
+            victoria.start()
+            written(layout, len(log.records))
+            eventually(lambda: said(layout).counters.get("rewritten_total", 0) > 0, what="the last seconds again")
+            written(layout, len(log.records))
     same(victoria, expected(layout, log.records))
 
 

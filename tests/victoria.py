@@ -37,15 +37,19 @@ class Victoria:
         self._program = program
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start it, and wait until it listens."""
-        argv = [
+    @property
+    def argv(self) -> list[str]:
+        """The command line that starts it."""
+        return [
             self._program, f"-httpListenAddr=127.0.0.1:{self.port}", f"-storageDataPath={self.folder}",
             "-retentionPeriod=100y", "-dedup.minScrapeInterval=1ms", "-search.latencyOffset=0s",
             "-memory.allowedBytes=128MB",
         ]  # fmt: skip
+
+    def start(self) -> None:
+        """Start it, and wait until it listens."""
         with (self.folder.parent / "victoria.log").open("ab") as log:
-            self.process = subprocess.Popen(argv, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.argv, stdout=log, stderr=log)
         eventually(lambda: accepts("127.0.0.1", self.port), 20, "VictoriaMetrics listening")
 
     def kill(self) -> None:

@@ -186,10 +186,10 @@ class Follower:
         return True
 
     def _remember(self) -> None:
-        """Keep the marks of the last while, and the one before."""
-        now_s = monotonic_s()
-        self._marks.append((now_s, self.mark))
-        while len(self._marks) > 1 and self._marks[1][0] < now_s - self._server.target.again / 1000:
+        """Keep the marks of the last while that the server was there, and the one before."""
+        since_s = self._server.there_s - self._server.target.again / 1000
+        self._marks.append((monotonic_s(), self.mark))
+        while len(self._marks) > 1 and self._marks[1][0] < since_s:
             self._marks.popleft()
 
     def rewind(self, since_s: float) -> None:

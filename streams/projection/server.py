@@ -14,7 +14,7 @@ import msgspec
 from influxdb_client.client.influxdb_client import InfluxDBClient
 from influxdb_client.client.write_api import SYNCHRONOUS, WriteApi
 from influxdb_client.rest import ApiException
-from urllib3.exceptions import HTTPError, NewConnectionError
+from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from citybrain.clock import monotonic_s, real_unix_s
 from citybrain.errors import ConfigError
@@ -55,7 +55,7 @@ class Server:
         except ApiException as error:
             return self._judge(error)
         except (HTTPError, OSError) as error:
-            if isinstance(error, NewConnectionError | ConnectionRefusedError) and self._gone_s is None:
+            if not isinstance(error, TimeoutError | ReadTimeoutError) and self._gone_s is None:
                 self._gone_s = monotonic_s()
             return self._wait(f"{self.target.url} does not answer: {type(error).__name__}: {error}"[:SAID], None)
         except ConfigError as error:
@@ -66,12 +66,18 @@ class Server:
     def returned(self) -> float | None:
         """Return, once, since when (monotonic) a server was gone that answers again; None where it was not.
 
-        Gone is who refuses connections: who is only slow has lost nothing, and would be made slower.
+        Gone is who refuses or breaks connections: a server that is back before we ask again, or one behind a proxy, is
+        never seen to refuse. Who is only slow has lost nothing, and would be made slower.
         """
         if self.trouble or self._gone_s is None:
             return None
         gone_s, self._gone_s = self._gone_s, None
         return gone_s
+
+    @property
+    def there_s(self) -> float:
+        """Until when (monotonic) the server was there for sure: now, or when it went and has not been asked about."""
+        return monotonic_s() if self._gone_s is None else self._gone_s
 
     def close(self) -> None:
         """Let go of the connection; the next request opens another, with the token as it is then."""
