@@ -624,6 +624,33 @@ def test_a_restored_card_whose_question_is_evicted_begins_a_new_epoch(lane: Lane
     wire.teardown()
 
 
+@pytest.mark.parametrize("full", list(Lane))
+@pytest.mark.parametrize("power", [False, True])
+def test_kills_after_a_full_disk_double_nothing(full: Lane, power: bool) -> None:
+    """A full disk evicts what a lane had acknowledged, so that its process cannot tell its numbers by a message."""
+    wire = Wire()
+    wire.connect_first()
+    board = wire.board(0)
+    for lane in Lane:
+        wire.exchange(0, lane, 6)
+    wire.drain()
+    assert board.spool.spooled() == 0
+    board.disk.capacity = board.disk.used()
+    while board.spool.body(full, board.spool.next_seq(full) - 1) is not None:
+        other = Lane.TELEMETRY if full is not Lane.TELEMETRY else Lane.EVENT
+        board.refused(other, [next(wire.values)])
+    board.disk.capacity = None
+    for _ in range(3):
+        wire.drain()
+        if power:
+            board.disk.crash()
+        board.start()
+        wire.drain()
+    assert len({checksum for *_, checksum in wire.platform.log}) == len(wire.platform.log)
+    assert board.uplink.counters.values["epochs_total{reason=restored}"] == 0
+    wire.teardown()
+
+
 @given(st.integers(1, 5), st.integers(1, 90), st.integers(1, 90))
 @settings(max_examples=25, deadline=None)
 def test_a_restored_card_that_starts_twice_is_noticed_or_harmless(before: int, later: int, new: int) -> None:
