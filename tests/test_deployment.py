@@ -89,11 +89,13 @@ def test_containers_are_reached_through_loopback_only() -> None:
 def test_who_has_no_business_with_a_link_is_not_on_it() -> None:
     on: dict[str, set[str]] = {name: set() for name in FILE["networks"]}
     for name, service in of("city").items():
-        for network in service["networks"]:
+        beside = service.get("network_mode", "").removeprefix("service:")
+        assert (beside == "mosquitto") is name.startswith("city-ingest")
+        for network in service.get("networks", ()):
             on[network].add(re.sub(r"-[0-9a-z]$", "", name.removeprefix("city-")))
-    assert on["database"] == {"postgres", "desk", "api", "migrate"}
-    assert on["log"] == {"kafka", "ingest", "worker", "desk", "api", "influx"}
-    assert on["field"] == {"mosquitto", "ingest"}
+    assert on["database"] == {"postgres", "desk", "api", "history", "migrate"}
+    assert on["log"] == {"kafka", "mosquitto", "worker", "desk", "api", "history", "influx"}
+    assert on["field"] == {"mosquitto"}
     assert on["metrics"] == {"victoria", "prometheus", "grafana", "influx"}
     for network in ("database", "log", "metrics"):
         assert FILE["networks"][network]["internal"] is True
@@ -378,7 +380,7 @@ SERVICE_UNITS = sorted(UNITS.glob("*.service"))
 
 
 def commands_of(unit: Path) -> list[str]:
-    line = re.search(r"^ExecStart=/opt/citybrain/bin/citybrain (.*)$", unit.read_text(), re.MULTILINE)
+    line = re.search(r"^ExecStart=/opt/citybrain/(?:venv/)?bin/citybrain (.*)$", unit.read_text(), re.MULTILINE)
     assert line, unit.name
     return shlex.split(line[1].replace("%I", "0,1").replace("$CITYBRAIN_LOG", "--log kafka --kafka kafka-1:9092"))
 
@@ -396,7 +398,7 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
     paths = []
     for unit in (*SERVICE_UNITS, UNITS / "citybrain.target"):
         copy = tmp_path / unit.name
-        copy.write_text(unit.read_text().replace("/opt/citybrain/bin/citybrain", sys.executable))
+        copy.write_text(re.sub(r"/opt/citybrain/(venv/)?bin/citybrain", sys.executable, unit.read_text()))
         paths.append(str(copy))
     done = subprocess.run([analyze, "verify", "--man=no", *paths], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, ours(done.stderr)) == (0, "", [])
@@ -422,4 +424,5 @@ def test_units_expose_little(unit: Path) -> None:
 
 def test_every_server_process_has_its_unit() -> None:
     names = {unit.stem.removeprefix("citybrain-").rstrip("@") for unit in SERVICE_UNITS}
-    assert names == {"ingest", "worker", "desk", "api", "history", "influx", "cloud", "migrate"}
+    box = {"gateway", "gateway-renew"}
+    assert names - box == {"ingest", "worker", "desk", "api", "history", "influx", "cloud", "migrate"}

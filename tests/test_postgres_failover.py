@@ -307,5 +307,6 @@ def test_never_two_writers(city: City, least: int) -> None:
             running.send_signal(signal.SIGCONT)
             end(running)
     load.check()
-    assert city.one(lease)["generation"] == 1 + stops
+    # a desk that the machine starves for longer than its lease loses it, too
+    assert city.one(lease)["generation"] >= 1 + stops
     assert inside, "it was never stopped between its decision and its commit"
