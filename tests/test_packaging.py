@@ -20,6 +20,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 # Imports every module of a package with the server's libraries hidden, and prints how many it was.
 PI = """
 import importlib, pkgutil, sys
+ARRAYS = {"edge.features", "edge.raw"}  # imported in the processes of drivers that say that they need numpy
 HIDDEN = set("numpy numba sqlalchemy alembic pydantic fastapi uvicorn httpx amqtt cv2".split())
 class Hide:
     def find_spec(self, name, path=None, target=None):
@@ -30,6 +31,8 @@ count = 0
 for top in sys.argv[1:]:
     package = importlib.import_module(top)
     for module in pkgutil.walk_packages(package.__path__, f"{top}."):
+        if module.name in ARRAYS:
+            continue
         if not module.name.startswith("citybrain.db") and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
             count += 1

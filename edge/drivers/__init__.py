@@ -9,6 +9,8 @@ module with `PROCESS` imports numpy and the like inside its functions, where onl
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 DRIVERS: dict[str, str] = {
     "json_lines": "edge.drivers.json_lines",
     "modbus_rtu": "edge.drivers.modbus_rtu",
@@ -19,3 +21,14 @@ DRIVERS: dict[str, str] = {
     "pressure_fast": "edge.drivers.pressure_fast",
     "camera": "edge.drivers.camera",
 }
+
+
+def need(library: str, package: str) -> None:
+    """Raise ValueError where a driver's library is not installed here; it is not imported.
+
+    >>> need("no_such_library", "no-such-package")
+    Traceback (most recent call last):
+    ValueError: this driver needs no_such_library, which is not installed here: pip install no-such-package
+    """
+    if find_spec(library) is None:
+        raise ValueError(f"this driver needs {library}, which is not installed here: pip install {package}")

@@ -11,12 +11,15 @@ import select
 import termios
 import tty
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from citybrain.clock import wait_until_s
 
 CHARACTER_BITS = 10  # 8N1
-SPEEDS = {getattr(termios, f"B{baud}"): baud for baud in (1200, 2400, 4800, 9600, 19200, 38400, 57600, 115200)}
+SPEEDS = {
+    getattr(termios, f"B{baud}"): baud for baud in (1200, 2400, 4800, 9600, 19200, 38400, 57600, 115200, 230400, 460800)
+}
 
 
 def resampled(data: bytes, sent_baud: int, read_baud: int) -> bytes:
@@ -52,6 +55,7 @@ class Wire:
         """Let the port appear."""
         self._master, self._slave = os.openpty()
         tty.setraw(self._slave)
+        os.set_blocking(self._master, False)
         beside = self.port.with_name(f".{self.port.name}")
         beside.symlink_to(os.ttyname(self._slave))
         beside.replace(self.port)
@@ -63,6 +67,11 @@ class Wire:
             if fd >= 0:
                 os.close(fd)
         self._master = self._slave = -1
+
+    @property
+    def plugged(self) -> bool:
+        """Whether the port is there."""
+        return self._master >= 0
 
     @property
     def far_baud(self) -> int:
@@ -78,7 +87,8 @@ class Wire:
     def write(self, data: bytes, begin_s: float) -> None:
         """Send bytes from `begin_s` on (monotonic): the other end has them when the last one has crossed the wire."""
         wait_until_s(begin_s + self.time_s(len(data)))
-        os.write(self._master, resampled(data, self.baud, self.far_baud))
+        with suppress(BlockingIOError):  # nobody listens: what is sent is lost, as on a wire
+            os.write(self._master, resampled(data, self.baud, self.far_baud))
 
     def time_s(self, characters: int) -> float:
         """Return how long characters take on the wire."""
