@@ -26,7 +26,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/pytest -m "not soak"
+	$(BIN)/pytest -m "not soak" -n 4 --dist loadfile
 
 soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 3600

@@ -1,4 +1,4 @@
-"""`citybrain api` and `citybrain migrate`."""
+"""`citybrain api`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ from api.app import create_app
 from api.disk import DiskWatch
 from api.readings import Latest
 from api.site import Site
-from citybrain.cli import Subcommand, emit
+from citybrain.cli import Subcommand
 from citybrain.clock import wait_s
 from citybrain.counters import Counters
+from citybrain.db.place import add_database, layout_of
+from citybrain.db.store import open_store
 from citybrain.errors import CityBrainError, Unavailable
-from citybrain.layout import Layout
+from citybrain.layout import Layout, Run
+from streams.logs import LogStore
+from streams.runtimes.stores import add_arguments, open_place
 
 if TYPE_CHECKING:
     from api.boxes import Boxes
@@ -92,15 +96,13 @@ class Background(threading.Thread):
             return 0
 
 
-def serve(layout: Layout) -> None:
+def serve(layout: Layout, run: Run, logs: LogStore) -> None:
     """Serve until SIGINT or SIGTERM; raises Unavailable where the port is taken."""
-    run = layout.read_run()
-    layout.make()
     counters = Counters("api", layout.run)
     counters.resume()
     with listen(run.api_host, run.api_port) as taken:
-        latest = Latest(layout, run.shards, counters)
-        site = Site(layout, run, latest, counters)
+        latest = Latest(layout, run.shards, counters, logs)
+        site = Site(layout, run, latest, counters, logs)
         app = create_app(site)
         server = Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_S, ws="none")
@@ -145,31 +147,19 @@ class BoxWatch:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Serve the HTTP API and the status page on the address in run/run.json."
+    add_database(parser)
+    add_arguments(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
-    serve(Layout(args.data))
-    return 0
-
-
-def _migrate(args: argparse.Namespace) -> int:
-    from citybrain.db.migrations import upgrade  # noqa: PLC0415  alembic is not needed to serve
-    from citybrain.db.store import open_store  # noqa: PLC0415
-
-    layout = Layout(args.data)
+    layout = layout_of(args)
+    if layout.store:  # whether it answers is seen by each request; what is wrong in the URL is said now
+        open_store(layout.place, readonly=True).dispose()
+    run = layout.read_run()
     layout.make()
-    store = open_store(layout.database)
-    try:
-        upgrade(store)
-    finally:
-        store.dispose()
-    emit({"database": str(layout.database)}, as_json=args.json)
+    place = open_place(args, layout, run.shards)
+    serve(place.layout, run, place.logs)
     return 0
-
-
-def _no_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Bring the desk's database to this version's schema; nothing is lost, and it may be repeated."
 
 
 command = Subcommand("serve the HTTP API and the status page", _arguments, _run)
-migrate = Subcommand("bring the database to this version's schema", _no_arguments, _migrate)

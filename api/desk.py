@@ -22,14 +22,15 @@ from api.cases.places import Atlas
 from api.casework import CaseConfig
 from api.clerk import Clerk, Setting
 from api.instructions import follow
+from api.lease import Lease
 from api.ledger import Ledger, text
 from api.outbox import Attempt, Outgoing
 from api.rulebook import Rulebook
 from citybrain.clock import MINUTE_MS
 from citybrain.counters import Counters
 from citybrain.db.migrations import upgrade
-from citybrain.db.schema import alarms, asked, cases, consumed, incidents, journal, meta, outbox
-from citybrain.db.store import writing
+from citybrain.db.schema import MOVED, MOVING, alarms, asked, cases, consumed, incidents, journal, meta, outbox
+from citybrain.db.store import named, reading, writing
 from citybrain.errors import ConfigError, StorageError, TransitionError
 from citybrain.layout import Layout
 from citybrain.mailbox import Command, Mailbox
@@ -75,7 +76,7 @@ class Desk:
 
     Rule sets come from `layout.blobs` by the hash each transition names; the registry by the hash in
     `layout.read_active()`, which ingest writes. Until there is one, a step takes nothing. `logs` is where transitions
-    are read, by default the data folder.
+    are read, by default the data folder. `lease`: what every transaction must hold, where there may be several desks.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class Desk:
         config: DeskConfig = DEFAULTS,
         counters: Counters | None = None,
         logs: LogStore | None = None,
+        lease: Lease | None = None,
     ) -> None:
         self.store = store
+        self.lease = lease
         self.layout = layout
         self.shards = tuple(shards)
         self.categories = categories
@@ -111,6 +114,7 @@ class Desk:
         self._next_due: int | None = None
         self._next_delivery: int | None = None
         self._asking = False  # whether something waits to be asked of ingest
+        self._stale = True  # whether what is committed must be read again before the next step
 
     def start(self) -> None:
         """Bring the schema up to date and find out where it stopped; raises StorageError, ConfigError, NotFound."""
@@ -119,18 +123,28 @@ class Desk:
         self.resume()
 
     def resume(self) -> None:
-        """Go on from what is committed; also after a transaction that failed."""
+        """Go on from what is committed; also after a transaction that failed, or when this desk takes over."""
+        self._stale = True
         self._shelf.forget()
-        with self.store.connect() as connection:
+        with reading(self.store) as connection:
             rows = {row["shard"]: row for row in connection.execute(select(consumed)).mappings()}
-            registry = connection.execute(select(meta.c.value).where(meta.c.key == "registry")).scalar()
+            known = {row.key: row.value for row in connection.execute(select(meta))}
             self._look_ahead(connection)
+        self._refuse_moved(known)
+        registry = known.get("registry")
         self._names = {shard: (row["source"], row["index"]) for shard, row in rows.items()}
         for shard in self.shards:
             offset = rows[shard]["offset"] if shard in rows else 0
             self._readers[shard] = self.logs.reader("transitions", shard, offset)
             self._waiting[shard] = deque()
         self._atlas = self._read_atlas(registry) if registry else Atlas(Registry((), ()))
+        self._stale = False
+
+    def _refuse_moved(self, known: Mapping[str, str]) -> None:
+        if MOVING in known:
+            raise StorageError(f"{named(self.store)}: a copy into it has not ended; run that `citybrain migrate` again")
+        if MOVED in known:
+            raise StorageError(f"{named(self.store)}: it has moved to {known[MOVED]}; start with --database")
 
     def _read_atlas(self, name: str) -> Atlas:
         return Atlas(decode_registry(self.layout.get_blob(name)), name)
@@ -148,21 +162,26 @@ class Desk:
     def step(self, now_ms: int) -> int:
         """Take what is there (bounded), in one transaction; return how many inputs were taken, 0 where none were.
 
-        Raises StorageError (DiskFull) with nothing written; the next step takes the same again.
+        Raises StorageError (DiskFull; Fenced where another desk has taken over) or Unavailable with nothing written;
+        the next step takes the same again.
         """
+        if self._stale:
+            self.resume()
         try:
             inputs, caught_up = self._gather()
             timers = caught_up and self._next_due is not None and self._next_due <= now_ms
             if not inputs and not timers:
                 return 0
             with writing(self.store) as connection:
+                if self.lease is not None:
+                    self.lease.hold(connection)
                 ledger = Ledger(connection)
                 for one in inputs:
                     self.apply(ledger, one, now_ms)
                 taken = len(inputs) + (self._timers(ledger, now_ms) if timers else 0)
                 self._look_ahead(connection)
         except BaseException:
-            self.resume()  # nothing was written: read it all again
+            self._stale = True  # nothing was written: read it all again, once the database answers
             raise
         for _ in range(sum(one.source == "delivery" for one in inputs)):
             self._results.popleft()
@@ -205,7 +224,7 @@ class Desk:
         """
         if not self._asking:
             return []
-        with self.store.connect() as connection:
+        with reading(self.store) as connection:
             waiting = select(asked).where(asked.c.done == 0).order_by(asked.c.id).limit(self.config.batch)
             rows = connection.execute(waiting).mappings().all()
             newest = max((row["id"] for row in rows if row["kind"] == "registry"), default=0)
@@ -277,9 +296,6 @@ class Desk:
         assert record is not None
         assert shard is not None
         name = self._names.get(shard, (-1, -1))
-        if record.kind == Kind.VOID:
-            ledger.consume(shard, record.offset + 1, name)
-            return
         try:
             if record.kind != Kind.TRANSITION:
                 raise msgspec.DecodeError(f"record of kind {record.kind}")  # noqa: TRY301  one place says it
@@ -354,7 +370,7 @@ class Desk:
             .order_by(outbox.c.urgent.desc(), outbox.c.n)
             .limit(most)
         )
-        with self.store.connect() as connection:
+        with reading(self.store) as connection:
             rows = connection.execute(query).all()
         return [Outgoing(row.id, row.body.encode(), bool(row.urgent), row.attempts) for row in rows]
 
@@ -383,7 +399,7 @@ class Desk:
             "messages_waiting": select(func.count()).where(outbox.c.state == "pending"),
         }
         waiting_since = select(func.min(outbox.c.created_at)).where(outbox.c.state == "pending")
-        with self.store.connect() as connection:
+        with reading(self.store) as connection:
             for name, query in counted.items():
                 self.counters.gauges[name] = float(connection.execute(query).scalar_one())
             made_at = connection.execute(waiting_since).scalar()

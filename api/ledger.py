@@ -24,10 +24,10 @@ from sqlalchemy import (
     union,
     update,
 )
-from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.sql import ClauseElement
 
 from citybrain.db.schema import alarms, cases, commands, consumed, incidents, journal, meta, outbox, timeline
+from citybrain.db.store import upsert
 from citybrain.machine import Moved
 from streams.incidents import Candidate
 
@@ -53,12 +53,17 @@ def _compiled(dialect: Dialect, statement: ClauseElement) -> tuple[str, tuple[st
 @lru_cache(maxsize=512)
 def _insert(table: Table, columns: tuple[str, ...], back: str) -> ClauseElement:
     statement = insert(table).values({name: bindparam(name) for name in columns})
-    return statement.returning(table.c[back]) if back else statement
+    return statement.returning(table.c[back]) if back else statement.inline()
 
 
 @lru_cache(maxsize=512)
 def _update(table: Table, key: str, columns: tuple[str, ...]) -> ClauseElement:
     return update(table).where(table.c[key] == bindparam("_key")).values({name: bindparam(name) for name in columns})
+
+
+@lru_cache(maxsize=64)
+def _put(dialect: str, table: Table, columns: tuple[str, ...], *keys: str) -> ClauseElement:
+    return upsert(dialect, table, columns, keys).values({name: bindparam(name) for name in columns})
 
 
 @lru_cache(maxsize=64)
@@ -102,13 +107,6 @@ _MESSAGES = select(
     select(func.coalesce(func.max(outbox.c.n), 0)).scalar_subquery().label("last"),
     select(func.count()).where(outbox.c.case_id == bindparam("case")).scalar_subquery().label("of_case"),
 )
-_CONSUMED = upsert(consumed).values({name: bindparam(name) for name in ("shard", "offset", "source", "index")})
-_CONSUMED = _CONSUMED.on_conflict_do_update(
-    index_elements=[consumed.c.shard],
-    set_={name: _CONSUMED.excluded[name] for name in ("offset", "source", "index")},
-)
-_META = upsert(meta).values(key=bindparam("key"), value=bindparam("value"))
-_META = _META.on_conflict_do_update(index_elements=[meta.c.key], set_={"value": _META.excluded.value})
 
 
 class Ledger:
@@ -116,6 +114,7 @@ class Ledger:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self._dialect = connection.dialect.name
         self._driver = connection.connection.dbapi_connection or connection.connection
         self.counts: Counter[str] = Counter()
         self.drops: Counter[str] = Counter()
@@ -183,11 +182,12 @@ class Ledger:
 
     def consume(self, shard: int, offset: int, name: tuple[int, int]) -> None:
         """Say which transition of a shard comes next, and the (source, index) of the last."""
-        self._run(_CONSUMED, {"shard": shard, "offset": offset, "source": name[0], "index": name[1]})
+        values = {"shard": shard, "offset": offset, "source": name[0], "index": name[1]}
+        self._run(_put(self._dialect, consumed, tuple(values), "shard"), values)
 
     def keep(self, key: str, value: str) -> None:
         """Set a value of `meta`."""
-        self._run(_META, {"key": key, "value": value})
+        self._run(_put(self._dialect, meta, ("key", "value"), "key"), {"key": key, "value": value})
 
     def command(self, id: str) -> Row | None:
         """Return what became of a command."""

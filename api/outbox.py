@@ -125,6 +125,16 @@ class Deliverer:
             self._lanes[item.urgent].put(item)
         return len(fresh)
 
+    def withdraw(self) -> int:
+        """Take back what no thread has begun to post; return how much that was."""
+        waiting: list[Outgoing] = []
+        for lane in self._lanes.values():
+            while not lane.empty():
+                if (item := lane.get()) is not None:
+                    waiting.append(item)
+        self._in_flight.difference_update(item.id for item in waiting)
+        return len(waiting)
+
     def results(self) -> list[Attempt]:
         """Return the attempts that ended since the last call."""
         ended: list[Attempt] = []

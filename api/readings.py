@@ -18,10 +18,11 @@ from citybrain.counters import Counters
 from citybrain.errors import CityBrainError, NotFound
 from citybrain.layout import Layout
 from citybrain.model import Device, Gateway, Registry
-from citybrain.segments import Reader, Record
+from citybrain.segments import Record
 from streams.engine import latest_from_snapshot
 from streams.handover import shared_series
 from streams.log import F64, I64, U32, Control, Kind, decode_control, frame_arrays, frame_head
+from streams.logs import LogReader, LogStore, SegmentStore
 from streams.registry import METRIC_NAMES, Index, decode_registry
 from streams.runtimes.snapshots import snapshot_paths
 
@@ -60,13 +61,13 @@ class Frame(NamedTuple):
 class Shard:
     """The latest values of one shard under one registry, and where in the log they stand."""
 
-    def __init__(self, number: int, layout: Layout) -> None:
+    def __init__(self, number: int, reader: LogReader) -> None:
         self.number = number
         self.index = EMPTY
         self.time: I64 = np.empty(0, np.int64)
         self.value: F64 = np.empty(0, np.float64)
         self.gateway_received: I64 = np.empty(0, np.int64)
-        self.reader = Reader(layout.log(number))
+        self.reader = reader
 
     def adopt(self, index: Index) -> None:
         """Go over to another registry; values of series that both know are kept."""
@@ -131,10 +132,11 @@ class Shard:
 class Latest:
     """The latest values of all shards. `follow` is called by one thread; everything else may be called by any."""
 
-    def __init__(self, layout: Layout, shards: int, counters: Counters) -> None:
+    def __init__(self, layout: Layout, shards: int, counters: Counters, logs: LogStore | None = None) -> None:
         self.layout = layout
         self.counters = counters
-        self._shards = tuple(Shard(number, layout) for number in range(shards))
+        store = logs or SegmentStore(layout)
+        self._shards = tuple(Shard(number, store.reader("log", number)) for number in range(shards))
         self._lock = threading.Lock()
         self._indexes: dict[str, Index] = {"": EMPTY}
 

@@ -15,10 +15,11 @@ from api.disk import DiskWatch
 from api.readings import Latest
 from citybrain.clock import Clock, real_unix_ms
 from citybrain.counters import Counters, Heartbeat, read_heartbeats, takes_of
-from citybrain.db.store import open_store
+from citybrain.db.store import exists, open_store
 from citybrain.errors import CityBrainError
 from citybrain.layout import Layout, Run
 from citybrain.mailbox import Mailbox
+from streams.logs import LogStore
 from streams.ruleset import Rule, decode_ruleset
 
 if TYPE_CHECKING:
@@ -52,8 +53,11 @@ class Problem(HTTPException):
 class Site:
     """One API process's surroundings. It reads; it writes commands into mailboxes, and who looked at evidence."""
 
-    def __init__(self, layout: Layout, run: Run, latest: Latest, counters: Counters) -> None:
+    def __init__(
+        self, layout: Layout, run: Run, latest: Latest, counters: Counters, logs: LogStore | None = None
+    ) -> None:
         self.layout = layout
+        self.logs = logs  # None: in the data folder
         self.run = run
         self.clock: Clock = run.clock
         self.latest = latest
@@ -72,9 +76,9 @@ class Site:
         """Give a read-only connection to the desk's database; raises Problem 503 while there is none."""
         with self._opening:
             if self._engine is None:
-                if not self.layout.database.exists():
+                if not exists(self.layout.place):
                     raise Problem(503, "no_database", "desk", "the database is not there yet; the desk makes it")
-                self._engine = open_store(self.layout.database, readonly=True)
+                self._engine = open_store(self.layout.place, readonly=True)
         with self._engine.connect() as connection:
             yield connection
 
@@ -85,7 +89,7 @@ class Site:
             if self._history is None:
                 from streams.history.query import History  # noqa: PLC0415  60 MB
 
-                self._history = History(self.layout, self.run.shards)
+                self._history = History(self.layout, self.run.shards, self.logs)
         return self._history
 
     def heartbeats(self) -> dict[str, Heartbeat]:
@@ -114,10 +118,18 @@ class Site:
 def role_of(process: str) -> str:
     """Return what a process does, whichever of several it is.
 
-    >>> role_of("worker-1"), role_of("desk")
-    ('worker', 'desk')
+    >>> role_of("worker-1"), role_of("worker-b"), role_of("desk")
+    ('worker', 'worker', 'desk')
     """
-    return takes_of(process, 0)[0]
+    role = takes_of(process, 0)[0]
+    first = role.partition("-")[0]
+    return first if first in PIPELINE else role
+
+
+def claim_of(beat: Heartbeat, shards: int) -> tuple[str, tuple[int, ...]]:
+    """Return a process's role and shards: those it was dealt (docs/distributed.md), else by its name."""
+    dealt = beat.details.get("assigned")
+    return takes_of(beat.process, shards) if dealt is None else ("worker", tuple(dealt))
 
 
 def of_this_run(beats: Mapping[str, Heartbeat], now_ms: int, shards: int) -> dict[str, Heartbeat]:
@@ -128,7 +140,8 @@ def of_this_run(beats: Mapping[str, Heartbeat], now_ms: int, shards: int) -> dic
     for name, beat in beats.items():
         role = role_of(name)
         if role in PIPELINE:
-            ours = beat in in_force(beats, role, shards)
+            spare = standing_by(beat) or "assigned" in beat.details  # a desk, or a worker that waits for a shard
+            ours = beat in in_force(beats, role, shards) or (spare and beat.live(now_ms))
         else:
             ours = known is None or name in ("run", *known) or beat.live(now_ms)
         if ours:
@@ -146,7 +159,7 @@ def not_live(beats: Mapping[str, Heartbeat], now_ms: int, shards: int) -> list[s
         for shard in range(shards):
             beat = in_charge(beats, role, shard, shards)
             if beat is None:
-                nobody = not any(takes_of(name, shards)[0] == role for name in beats)
+                nobody = not any(claim_of(beat, shards)[0] == role for beat in beats.values())
                 missing[f"{role} has not started" if nobody else f"no {role} has shard {shard}"] = None
             elif not beat.live(now_ms):
                 missing[f"{beat.process} was last heard {(now_ms - beat.at) / 1000:.0f} s ago"] = None
@@ -156,16 +169,24 @@ def not_live(beats: Mapping[str, Heartbeat], now_ms: int, shards: int) -> list[s
 
 
 def in_charge(beats: Mapping[str, Heartbeat], role: str, shard: int, shards: int) -> Heartbeat | None:
-    """Return the process of a role that has a shard: who was heard last, since a run may divide them anew."""
-    claims = {name: takes_of(name, shards) for name in beats}
-    having = [beats[name] for name, (its, numbers) in claims.items() if its == role and shard in numbers]
-    return max(having, key=lambda beat: beat.at, default=None)
+    """Return the process of a role that has a shard: who was heard last, since a run may divide them anew.
+
+    A desk that stands by has none, as long as there is another.
+    """
+    claims = ((beat, *claim_of(beat, shards)) for beat in beats.values())
+    having = [beat for beat, its, numbers in claims if its == role and shard in numbers]
+    return max(having, key=lambda beat: (not standing_by(beat), beat.at), default=None)
 
 
 def in_force(beats: Mapping[str, Heartbeat], role: str, shards: int) -> list[Heartbeat]:
     """Return the processes of a role that have its shards now, without those of an earlier division."""
     found = (in_charge(beats, role, shard, shards) for shard in range(shards))
     return list({beat.process: beat for beat in found if beat is not None}.values())
+
+
+def standing_by(beat: Heartbeat) -> bool:
+    """Return whether this is a desk that waits for the one that works to fall silent."""
+    return beat.gauges.get("standby", 0.0) >= 1.0
 
 
 def ready(beat: Heartbeat) -> bool:
@@ -177,6 +198,8 @@ def ready(beat: Heartbeat) -> bool:
 
 
 def _why(beat: Heartbeat) -> str:
+    if standing_by(beat):
+        return "it stands by, and no desk works"
     return "not connected to the broker" if role_of(beat.process) == "ingest" else "starting"
 
 

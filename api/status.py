@@ -50,6 +50,8 @@ def lines(status: Mapping[str, Any], language: str) -> list[str]:
     found.append(f"{words('status.processes')}:")
     for name, process in status["processes"].items():
         state = "ready" if process["ready"] else "live" if process["live"] else "silent"
+        if process["live"] and process.get("standby"):
+            state = "standby"
         again = "  " + words("status.restarts", count=process["restarts"]) if process["restarts"] else ""
         found.append(f"  {name:<10} {words('process.' + state)}  pid {process['pid']}{again}")
     return found

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from api.disk import Disk
 from api.health import ELSEWHERE, LIMITS, Late, Stage, Vitals
-from api.site import PIPELINE, Site, in_charge, ready, role_of
+from api.site import PIPELINE, Site, in_charge, ready, role_of, standing_by
 from citybrain.counters import Heartbeat
 
 LABELLED = re.compile(r"^(?P<name>\w+)\{(?P<label>\w+)=(?P<value>.*)\}$")
@@ -66,6 +66,8 @@ def stages(beats: Mapping[str, Heartbeat], speed: float, now_ms: int) -> dict[st
     found = dict.fromkeys(STAGES, Stage())
     for beat in beats.values():
         role = role_of(beat.process)
+        if standing_by(beat):
+            continue
         if role in PIPELINE:
             found[role] = max(found[role], _stage(beat, "lag_s", "lag_s", speed, now_ms), key=_slowness)
         if role == "desk":

@@ -43,6 +43,7 @@ from citybrain.model import Gateway, Lane
 from citybrain.segments import SUFFIX, Reader
 from citybrain.storage import OS_FILES
 from streams.log import Kind, decode_control, frame_head
+from streams.logs import LogStore, SegmentStore, records
 from streams.registry import Index, decode_registry, encode_registry
 
 VICTIMS = ("broker", "ingest", "worker", "desk", "api", "simulate", "load")
@@ -50,12 +51,12 @@ SETTLE_MS = 5 * 60_000  # platform time a cause gets to become a case
 Key = tuple[str, int, int]  # gateway, lane, epoch
 
 
-def logged(layout: Layout, shards: int) -> Counter[tuple[Key, int]]:
+def logged(layout: Layout, logs: LogStore, shards: int) -> Counter[tuple[Key, int]]:
     """Return how often each (gateway, lane, epoch, seq) stands in the log, under the registry in force there."""
     found: Counter[tuple[Key, int]] = Counter()
     for shard in range(shards):
         gateways: tuple[Gateway, ...] = ()
-        for record in Reader(layout.log(shard)):
+        for record in records(logs.reader("log", shard)):
             if record.kind == Kind.CONTROL:
                 control = decode_control(record.payload)
                 if control.what == "registry":
@@ -69,8 +70,8 @@ def logged(layout: Layout, shards: int) -> Counter[tuple[Key, int]]:
 def spooled(folder: Path) -> tuple[int, set[int]]:
     """Return the highest seq that a lane's spool committed, and those that wait in it for their acknowledgement."""
     last = max((int(path.name[: -len(SUFFIX)]) for path in folder.glob(f"*{SUFFIX}")), default=1)
-    records = Reader(folder, last).read(1 << 30)
-    highest = records[-1].offset if records else last - 1
+    tail = Reader(folder, last).read(1 << 30)
+    highest = tail[-1].offset if tail else last - 1
     return highest, set(range(max(OS_FILES.marked(folder / "floor"), 1), highest + 1))
 
 
@@ -209,7 +210,7 @@ def run(root: Path, kills: int, seed: int, speed: float, pause_s: float, rate: f
     finally:
         system.quiet()
         system.stop()
-    found = logged(system.layout, system.layout.read_run().shards)
+    found = logged(system.layout, SegmentStore(system.layout), system.layout.read_run().shards)
     total, lost = count_lost(system.layout, found)
     judged = judge(system.layout, now_ms)
     judged["doubled"] += doubles

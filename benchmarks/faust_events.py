@@ -18,7 +18,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from streams.runtimes.kafka.store import CONSUMER
+from streams.runtimes.kafka.partition import CONSUMER
 
 METRICS = ("pressure_mpa", "flow_lps", "tilt_deg", "battery_v")
 ABOVE = 3.0

@@ -42,7 +42,7 @@ class Counting(Host):
     def put(self, lane: Lane, reading: Reading) -> None:
         self.values[lane] += len(reading.values)
 
-    def blob(self, content: bytes) -> str:
+    def blob(self, content: bytes, *, unmasked: bool = False) -> str:
         return ""
 
     def quality(self, device: str, quality: Quality, why: str = "") -> None:

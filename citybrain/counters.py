@@ -140,11 +140,13 @@ def takes_of(process: str, count: int) -> tuple[str, tuple[int, ...]]:
 
     >>> takes_of("worker-0-2", 4), takes_of("ingest", 2)
     (('worker', (0, 2)), ('ingest', (0, 1)))
+
+    Desks are told apart by a name, and each of them takes all: `desk-b`.
     """
     role, _, shards = process.partition("-")
     numbers = shards.split("-")
-    if not all(number.isdecimal() for number in numbers):
-        return process, tuple(range(count))
+    if role == "desk" or not all(number.isdecimal() for number in numbers):
+        return role if role == "desk" else process, tuple(range(count))
     return role, tuple(int(number) for number in numbers)
 
 

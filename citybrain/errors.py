@@ -6,7 +6,8 @@ CityBrainError
 ├── StorageError         a disk said no
 │   ├── DiskFull         no space left: the process stops taking, and says so
 │   ├── Damaged          bytes on disk are not what was written: file, offset
-│   └── Overtaken        another process writes the same log: whoever learns it recovers from what is there
+│   ├── Overtaken        another process writes the same log: whoever learns it recovers from what is there
+│   └── Fenced           another desk has the lease: nothing was written, and nothing may be
 ├── ProtocolError        a peer broke the contract of docs/wire.md
 ├── SignatureError       a webhook is unsigned, wrongly signed or too old; `reason` is the counter's label
 ├── TransitionError      a life cycle has no such step from here
@@ -66,6 +67,10 @@ class Damaged(StorageError):
 
 class Overtaken(StorageError):
     """Another process writes the same log; what we wrote last counts nowhere."""
+
+
+class Fenced(StorageError):
+    """Another process has taken over the lease; the transaction wrote nothing."""
 
 
 class ProtocolError(CityBrainError):

@@ -18,7 +18,8 @@ class Run(msgspec.Struct, frozen=True):
     """One run: its clock, shards, and the loopback addresses of its services.
 
     `workers`: how many engines share the shards. `size`: how large the simulated district is. `api_host` is where the
-    API listens: another address than loopback only inside a container's own network.
+    API listens: another address than loopback only inside a container's own network. `logs`: the options that tell a
+    process where the logs are, none where they are in the data folder.
     """
 
     clock: RunClock
@@ -33,6 +34,7 @@ class Run(msgspec.Struct, frozen=True):
     api_host: str = "127.0.0.1"
     workers: int = 1
     size: Literal["zone", "reference"] = "zone"
+    logs: tuple[str, ...] = ()
 
 
 class Active(msgspec.Struct, frozen=True):
@@ -43,9 +45,10 @@ class Active(msgspec.Struct, frozen=True):
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """The folders under `--data DIR`."""
+    """The folders under `--data DIR`, and the URL of the desk's database where that is not a file among them."""
 
     root: Path
+    store: str = ""
 
     @property
     def run(self) -> Path:
@@ -74,6 +77,11 @@ class Layout(msgspec.Struct, frozen=True):
     @property
     def database(self) -> Path:
         return self.root / "city.db"
+
+    @property
+    def place(self) -> Path | str:
+        """Where the desk's database is: a file, or a URL (`citybrain.db.place`)."""
+        return self.store or self.database
 
     @property
     def secrets(self) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from citybrain.errors import StorageError
 from citybrain.storage import OS_FILES, Files
 
 
@@ -64,7 +65,13 @@ class Mailbox:
         for name in names[:most]:
             path = self.folder / name
             try:
-                items.append((name, msgspec.json.decode(self._files.read(path), type=Command)))
+                content = self._files.read(path)
+            except StorageError:
+                if self._files.size(path):
+                    raise
+                continue  # it is gone: another desk took it, and this one was stopped meanwhile (docs/database.md)
+            try:
+                items.append((name, msgspec.json.decode(content, type=Command)))
             except msgspec.DecodeError as error:
                 aside = path.with_suffix(".broken")
                 self._files.rename(path, aside)

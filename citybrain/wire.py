@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import hashlib
 import math
+import re
 import struct
 import sys
 from collections.abc import Sequence
@@ -55,12 +56,19 @@ def parse_topic(text: str) -> tuple[int, str, str]:
 
 
 class Header(msgspec.Struct, frozen=True):
-    """What numbers a message. `floor` is the lowest seq still spooled; `sent_at` is the gateway's clock."""
+    """What numbers a message. `floor` is the lowest seq still spooled; `sent_at` is the gateway's clock.
+
+    Where `seq` is one below `floor` and the body empty, it only asks where ingest stands: nothing is ever taken.
+    """
 
     epoch: int
     seq: int
     floor: int
     sent_at: int
+
+    @property
+    def asks(self) -> bool:
+        return self.seq < self.floor
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -116,6 +124,7 @@ _json_frame = msgspec.json.Decoder(_JsonFrame)
 _json_readings = msgspec.json.Decoder(list[JsonReading])
 _inflater = zstandard.ZstdDecompressor()
 _deflater = zstandard.ZstdCompressor(level=1)
+_nothing = re.compile(rb"(\[\s*\])?")  # the body of a question, in either encoding
 encode_json = msgspec.json.encode
 
 
@@ -202,7 +211,7 @@ def _open_columns(payload: bytes) -> Message:
             raise WireError("malformed", f"zstd body: {error}") from None
     if len(body) != inflated:
         raise WireError("malformed", f"body has {len(body)} bytes, its header says {inflated}")
-    return Message(_checked(epoch, seq, floor, sent_at), True, body, crc32c(body))
+    return Message(_checked(epoch, seq, floor, sent_at, body), True, body, crc32c(body))
 
 
 def _open_json(payload: bytes) -> Message:
@@ -213,12 +222,14 @@ def _open_json(payload: bytes) -> Message:
     if frame.v != VERSION:
         raise WireError("version", f"JSON frame version {frame.v}, this platform speaks {VERSION}")
     body = bytes(frame.readings)
-    return Message(_checked(frame.epoch, frame.seq, frame.floor, frame.sent_at), False, body, crc32c(body))
+    return Message(_checked(frame.epoch, frame.seq, frame.floor, frame.sent_at, body), False, body, crc32c(body))
 
 
-def _checked(epoch: int, seq: int, floor: int, sent_at: int) -> Header:
-    if not (0 < epoch <= MAX_SEQ and 0 < seq <= MAX_SEQ and 0 < floor <= seq and abs(sent_at) <= MAX_SEQ):
-        raise WireError("malformed", f"epoch {epoch}, seq {seq}, floor {floor}: want 0 < floor <= seq, epoch > 0")
+def _checked(epoch: int, seq: int, floor: int, sent_at: int, body: bytes) -> Header:
+    question = seq == floor - 1 and _nothing.fullmatch(body) is not None
+    if not (0 < epoch <= MAX_SEQ and seq <= MAX_SEQ and 0 < floor <= seq + question and abs(sent_at) <= MAX_SEQ):
+        what = "want 0 < floor <= seq, epoch > 0; of a question (no readings) floor = seq + 1"
+        raise WireError("malformed", f"epoch {epoch}, seq {seq}, floor {floor}: {what}")
     return Header(epoch, seq, floor, sent_at)
 
 

@@ -170,8 +170,8 @@ class PipeHost:
     def put(self, lane: Lane, reading: Reading) -> None:
         self.send(Put(lane, reading))
 
-    def blob(self, content: bytes) -> str:
-        self.send(Blob(content))
+    def blob(self, content: bytes, *, unmasked: bool = False) -> str:
+        self.send(Blob(content, unmasked))
         return blob_name(content)
 
     def quality(self, device: str, quality: Quality, why: str = "") -> None:

@@ -49,8 +49,11 @@ class Host(Protocol):
     def put(self, lane: Lane, reading: Reading) -> None:
         """Hand over a reading; never blocks for the network. What was not measured is left out, never 0."""
 
-    def blob(self, content: bytes) -> str:
-        """Hand over evidence (a JPEG) for the blob lane; return its SHA-256 in hex, which the event names."""
+    def blob(self, content: bytes, *, unmasked: bool = False) -> str:
+        """Hand over evidence (a JPEG) for the blob lane; return its SHA-256 in hex, which the event names.
+
+        unmasked: persons or plates may be recognised in it, so whoever looks at it has to say why.
+        """
 
     def quality(self, device: str, quality: Quality, why: str = "") -> None:
         """Say how far a device can be trusted: told on change only, to the log and upstream."""

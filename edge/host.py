@@ -161,7 +161,7 @@ class Hosts:
         self._jitter = random.Random()
         self._abandoned: list[Run] = []
         self._told_ahead_ms = 0
-        self._blobs: list[tuple[str, bytes]] = []
+        self._blobs: list[tuple[str, Blob]] = []
         self._answers: list[Answer] = []
         self._by_device: dict[str, str] = {}
         for name, one in self._drivers.items():
@@ -189,7 +189,7 @@ class Hosts:
         self._tell_time()
         return found
 
-    def blobs(self) -> list[tuple[str, bytes]]:
+    def blobs(self) -> list[tuple[str, Blob]]:
         """Return the evidence that came since the last call, with its driver's name."""
         found, self._blobs = self._blobs, []
         return found
@@ -212,7 +212,7 @@ class Hosts:
                 one.sampled[message.reason] = now_s
                 self._counters.warn(f"{one.what.name}: {message.reason}: {message.sample}")
         elif isinstance(message, Blob):
-            self._blobs.append((one.what.name, message.content))
+            self._blobs.append((one.what.name, message))
         elif isinstance(message, Answer):
             self._answers.append(message)
 

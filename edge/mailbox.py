@@ -27,9 +27,10 @@ class Put(msgspec.Struct, frozen=True, tag=True):
 
 
 class Blob(msgspec.Struct, frozen=True, tag=True):
-    """Evidence."""
+    """Evidence; unmasked: persons or plates may be recognised in it."""
 
     content: bytes
+    unmasked: bool = False
 
 
 class Said(msgspec.Struct, frozen=True, tag=True):
@@ -185,8 +186,8 @@ class MailboxHost:
     def put(self, lane: Lane, reading: Reading) -> None:
         self._mailbox.take(Put(lane, reading))
 
-    def blob(self, content: bytes) -> str:
-        self._mailbox.take(Blob(content))
+    def blob(self, content: bytes, *, unmasked: bool = False) -> str:
+        self._mailbox.take(Blob(content, unmasked))
         return blob_name(content)
 
     def quality(self, device: str, quality: Quality, why: str = "") -> None:

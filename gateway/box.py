@@ -19,6 +19,7 @@ from citybrain.model import Lane
 from citybrain.orders import Order
 from citybrain.storage import OS_FILES, Files
 from edge.agent import Agent
+from edge.mailbox import Blob
 from gateway.config import GatewayConfig
 from gateway.journal import JournalCounters
 from gateway.lines import Lines
@@ -111,16 +112,16 @@ class Box:
     def _sample(self) -> None:
         try:
             self._agent.step(self.clock.now_ms())
-            for driver, content in self.lines.hosts.blobs():
-                self._keep(driver, content)
+            for driver, blob in self.lines.hosts.blobs():
+                self._keep(driver, blob)
             self._sink.commit()
         except DiskFull as error:  # what did not fit is counted by the spool, by lane and reason
             self.counters.add("errors_total", stage="disk_full")
             self.counters.warn(str(error))
 
-    def _keep(self, driver: str, content: bytes) -> None:
+    def _keep(self, driver: str, blob: Blob) -> None:
         try:
-            self.spool.put_blob(content, self.clock.now_ms())
+            self.spool.put_blob(blob.content, self.clock.now_ms(), unmasked=blob.unmasked)
         except ValueError as error:
             self.counters.drop("blob_size")
             self.counters.warn(f"evidence of {driver}: {error}")

@@ -6,11 +6,13 @@ numbering (`epoch`) to the board's serial: on another board, or where synced rec
 what is unsent keeps its seqs.
 
 The lowest unacknowledged seq (`floor`) is only marked, never synced: after a power loss it may be lower, and ingest
-answers the repeats; it is never above a message that was neither acknowledged nor evicted.
+answers the repeats; it is never above a message that was neither acknowledged nor evicted. It is never below what its
+epoch began with, which is synced: ingest knows nothing of an earlier epoch's messages under this one's numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import secrets
 import struct
@@ -41,13 +43,14 @@ MAX_BODY = MAX_MESSAGE - HEAD.size - 2048  # zstd adds at most 1/256 to what it 
 class Meta(msgspec.Struct, frozen=True):
     """What `meta.json` holds: the board this spool was written on, its epoch, its latest connection, its lanes.
 
-    A lane that it does not name is new: nothing of it can be gone.
+    A lane that it does not name is new: nothing of it can be gone. begins: the floors the epoch began with.
     """
 
     serial: str
     epoch: int
     connection: int = 0
     lanes: tuple[str, ...] = tuple(lane.topic for lane in READING_LANES)
+    begins: dict[str, int] = {}
     v: int = 1
 
 
@@ -91,13 +94,14 @@ class Spool:
         self.epoch = 0
         self.connection = 0
         self.fault = ""  # what was found damaged at the start; the gateway's status says it
-        self.asks = dict.fromkeys(Lane, 0)  # what to ask ingest with in an earlier process's epoch; see gateway.uplink
+        self.continues = False  # whether an earlier process began this epoch
         self.resumed = dict.fromkeys(Lane, 0)  # highest seq that an earlier process may have sent in this epoch
         self._files = files
         self._draw_epoch = draw_epoch
         self._evicts = evicts
         self._age_ms = age_ms
         self._bytes = 0
+        self._begins: dict[str, int] = {}
         part = min(segment_bytes, max(limit_bytes // 8, 1))  # so that evicting one never empties the spool
         self._stores = {lane: Store(folder / lane.topic, files, part, self.counters) for lane in Lane}
 
@@ -116,14 +120,20 @@ class Spool:
         if meta is None:
             self.new_epoch("no_meta")
             return
-        self.epoch, self.connection = meta.epoch, meta.connection
+        self.epoch, self.connection, self._begins = meta.epoch, meta.connection, meta.begins
         if meta.serial != self.serial:
             self.new_epoch("other_board")
         elif not set(gone).isdisjoint(meta.lanes):
             self.new_epoch("records_gone")
         else:
-            self.resumed = {lane: store.committed - 1 for lane, store in self._stores.items()}
-            self.asks = {lane: store.question() for lane, store in self._stores.items()}
+            self._continue()
+
+    def _continue(self) -> None:
+        """Go on with the epoch of an earlier process."""
+        self.continues = True
+        for lane, store in self._stores.items():
+            self.resumed[lane] = store.committed - 1
+            self._bytes -= store.raise_floor(min(self._begins.get(lane.topic, 1), store.committed))
 
     def _recover(self, lane: Lane) -> bool:
         """Recover a lane; return whether anything of it that had been synced is gone."""
@@ -163,22 +173,31 @@ class Spool:
         return meta if 0 < meta.epoch <= MAX_SEQ else None
 
     def _write_meta(self) -> None:
-        content = msgspec.json.encode(Meta(self.serial, self.epoch, self.connection, LANE_NAMES))
+        content = msgspec.json.encode(Meta(self.serial, self.epoch, self.connection, LANE_NAMES, self._begins))
         self._files.replace(self.folder / "meta.json", content)
 
     def new_epoch(self, reason: str = "restored") -> None:
-        """Begin a new numbering, durably: what is unsent keeps its seqs, and ingest starts at its floor."""
-        before = self.epoch
-        while self.epoch == before:
-            self.epoch = self._draw_epoch()
-        self.resumed, self.asks = dict.fromkeys(Lane, 0), dict.fromkeys(Lane, 0)
-        self.counters.add("epochs_total", reason=reason)
+        """Begin a new numbering, durably: what is unsent keeps its seqs, and ingest starts at its floor.
+
+        Raises DiskFull, with the old numbering still in force, where evicting does not help.
+        """
+        before, self.epoch = (self.epoch, self._begins), self._other_epoch()
         while True:
+            self._begins = {lane.topic: store.floor for lane, store in self._stores.items()}
             try:
-                return self._write_meta()
+                self._write_meta()
+                break
             except DiskFull:
                 if not self._evict():
+                    self.epoch, self._begins = before
                     raise
+        self.continues, self.resumed = False, dict.fromkeys(Lane, 0)
+        self.counters.add("epochs_total", reason=reason)
+
+    def _other_epoch(self) -> int:
+        while (epoch := self._draw_epoch()) == self.epoch:
+            pass
+        return epoch
 
     def next_connection(self, now_s: int) -> int:
         """Return a number above every earlier connection's, durably; raises StorageError.
@@ -306,9 +325,10 @@ class Spool:
 
         What was spooled before the clock was set has no age. Raises StorageError.
         """
-        for lane, store in self._stores.items():
-            while end := store.aged(now_ms - self._age_ms, CLOCK_SET_MS):
-                self._give_up(lane, end, "aged")
+        with contextlib.suppress(DiskFull):  # no room for the empty file behind a lane's only one: later, then
+            for lane, store in self._stores.items():
+                while end := store.aged(now_ms - self._age_ms, CLOCK_SET_MS):
+                    self._give_up(lane, end, "aged")
 
     # --- out ---
 
@@ -334,7 +354,7 @@ class Spool:
         return self._stores[lane].body(seq)
 
     def earliest(self, lane: Lane, most: int) -> int:
-        """Return the lowest readable seq that is not acknowledged, if it is at most `most`; else 0."""
+        """Return the lowest seq not acknowledged whose message is readable, if it is at most `most`; else 0."""
         store = self._stores[lane]
         seq = store.following(store.floor)
         return seq if seq <= most and seq < store.committed else 0

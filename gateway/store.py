@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from collections import OrderedDict
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from citybrain.counters import Counters
-from citybrain.errors import StorageError
+from citybrain.errors import DiskFull, StorageError
 from citybrain.segments import FRAME, HEADER, MAX_RECORD, OVERHEAD, Record, Writer, scan, segment_name, segments
 from citybrain.storage import Files
 from citybrain.wire import WINDOW_BYTES, crc32c
@@ -63,8 +64,12 @@ class Store:
         self.firsts = segments(self.files, self.folder)
         gone = empty or self.committed < marked
         self.floor = min(max(self.files.marked(self._mark), self.firsts[0], 1), self.committed)
-        self.files.mark(self._mark, self.floor)
+        self._mark_floor()
         return gone
+
+    def _mark_floor(self) -> None:
+        with contextlib.suppress(DiskFull):  # on a card that copies what it overwrites; the mark may be too low
+            self.files.mark(self._mark, self.floor)
 
     def append(self, message: Pending) -> int:
         """Hand a message to the writer and return its seq."""
@@ -119,19 +124,6 @@ class Store:
             seq = min(in_segment, default=beyond)
         return seq
 
-    def question(self) -> int:
-        """Return the lowest readable seq that is not acknowledged; else the highest, else the first to be given."""
-        seq = self.following(self.floor)
-        return seq if seq < self.committed else self.latest() or self.committed
-
-    def latest(self) -> int:
-        """Return the highest seq whose message is readable, also if acknowledged; 0 where there is none."""
-        for index in reversed(range(len(self.firsts))):
-            self._load(index)
-            if self._loaded:
-                return max(self._loaded)
-        return 0
-
     def _load(self, index: int) -> None:
         first = self.firsts[index]
         until = self.firsts[index + 1] if index + 1 < len(self.firsts) else self.committed
@@ -157,7 +149,7 @@ class Store:
     def raise_floor(self, floor: int) -> int:
         """Free what is below `floor`, which must not exceed what is committed; return the bytes freed on disk."""
         self.floor = max(self.floor, floor)
-        self.files.mark(self._mark, self.floor)
+        self._mark_floor()
         while self._recent and next(iter(self._recent)) < self.floor:
             self._recent_bytes -= len(self._recent.popitem(last=False)[1])
         before, freed = len(self.firsts), 0

@@ -3,11 +3,11 @@
 Go-back-N by lane (docs/wire.md): at most 32 messages or 512 KiB are under way; after a time-out or a reconnect
 everything behind the last acknowledgement goes out again. Only ingest's acknowledgement frees the spool.
 
-A process that goes on with an epoch begun by an earlier one first *asks* where ingest stands, by sending the first
-message that is not acknowledged alone (where all are, the last one on disk). An answer beyond what was sent means that
-this card was restored from an older copy: a new epoch. An answer within what is spooled is believed only once the
-message it names has been repeated, so that ingest compared the checksums; a difference is a conflict, which it answers
-with silence.
+A process that goes on with an epoch begun by an earlier one first *asks* where ingest stands: with the first message
+that an earlier process left unacknowledged, alone; where there is none, with a question that has no body and is never
+taken. An answer beyond what was sent means that this card was restored from an older copy: a new epoch. An answer
+within what is spooled is believed only once the message it names has been repeated, so that ingest compared the
+checksums; a difference is a conflict, which it answers with silence.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 
 from citybrain.counters import Counters
-from citybrain.errors import WireError
+from citybrain.errors import DiskFull, WireError
 from citybrain.model import Lane
 from citybrain.wire import (
     HEAD,
@@ -41,12 +41,13 @@ BLOB_MESSAGES = 2  # under way of the blob lane: an event that comes up waits fo
 class _Flow:
     """One lane's window. Messages up to `acked` are in the log; those in `under_way` were sent and not answered."""
 
-    def __init__(self, floor: int, sent: int, ask: int, timeout_s: float) -> None:
+    def __init__(self, floor: int, sent: int, timeout_s: float, *, asking: bool) -> None:
         self.acked = floor - 1
         self.next = floor
         self.sent = sent  # highest seq ever sent in this epoch, or possibly so by an earlier process
         self.high = 0  # highest seq sent by this process
-        self.ask = ask  # message to be repeated before anything else is sent; 0: none
+        self.asking = asking  # whether it waits to hear where ingest stands before anything else is sent
+        self.compare = 0  # message to ask with, because ingest says that it has it; 0: none
         self.under_way: deque[tuple[int, int]] = deque()  # seq, bytes
         self.bytes = 0
         self.progress_s = 0.0
@@ -86,8 +87,8 @@ class _Flow:
 class Uplink:
     """The gateway's side of the wire contract, over a started spool.
 
-    counters: `sent_total`, `resent_total`, `acked_total` (messages), `dropped_total{reason=ack_*}` (acknowledgements
-    not used), `epochs_total{reason=restored, unproven}`.
+    counters: `sent_total`, `resent_total`, `acked_total` (messages), `asked_total` (questions without a message),
+    `dropped_total{reason=ack_*}` (acknowledgements not used), `epochs_total{reason=restored}`.
     """
 
     def __init__(
@@ -108,10 +109,10 @@ class Uplink:
         self._compress = compress
         self._timeout_s = timeout_s
         self._flows = {lane: self._flow(lane) for lane in Lane}
-        self._unproven: set[Lane] = set()  # lanes that have nothing left to compare with what ingest has
 
     def _flow(self, lane: Lane) -> _Flow:
-        return _Flow(self.spool.floor(lane), self.spool.resumed[lane], self.spool.asks[lane], self._timeout_s)
+        spool = self.spool
+        return _Flow(spool.floor(lane), spool.resumed[lane], self._timeout_s, asking=spool.continues)
 
     def connected(self, mono_s: float) -> None:
         """The transport can carry messages: everything unacknowledged goes out again."""
@@ -131,7 +132,7 @@ class Uplink:
     @property
     def asking(self) -> bool:
         """Return whether a lane still waits to hear where ingest stands."""
-        return any(flow.ask for flow in self._flows.values())
+        return any(flow.asking for flow in self._flows.values())
 
     # --- up ---
 
@@ -144,8 +145,6 @@ class Uplink:
         if not self.online:
             return []
         messages: list[tuple[str, bytes]] = []
-        if self._unproven and self._settled():
-            self._renumber("unproven", "what this card could have proved its numbers with was evicted")
         for lane in ORDER:
             flow = self._flows[lane]
             if unsent:
@@ -165,14 +164,10 @@ class Uplink:
 
     def _lane(self, lane: Lane, room: int, now_ms: int, mono_s: float) -> list[bytes]:
         flow = self._flows[lane]
-        if flow.ask:
-            return self._question(lane, flow, room, now_ms, mono_s)
-        if lane in self._unproven:
-            return []
+        if flow.asking:
+            return self._question(lane, flow, now_ms, mono_s) if room > 0 and not flow.under_way else []
         window = BLOB_MESSAGES if lane is Lane.BLOB else WINDOW_MESSAGES
         most = min(room, window - len(flow.under_way))
-        if self._unproven:
-            most = min(most, flow.sent + 1 - flow.next)  # only what may be in the log already, until it is settled
         messages = self.spool.read(lane, flow.next, most, WINDOW_BYTES - flow.bytes - most * HEAD.size)
         flow.skip(self.spool.floor(lane) - 1)  # what was evicted, or cannot be read any more
         payloads = []
@@ -181,34 +176,27 @@ class Uplink:
             flow.next = message[0] + 1
         return payloads
 
-    def _question(self, lane: Lane, flow: _Flow, room: int, now_ms: int, mono_s: float) -> list[bytes]:
-        """Return the message that asks where ingest stands, if it is due.
+    def _question(self, lane: Lane, flow: _Flow, now_ms: int, mono_s: float) -> list[bytes]:
+        """Return what asks where ingest stands.
 
-        It must be one that an earlier process wrote: a restored card's new message may have a number that ingest knows
-        with another content. Where none is left of them, a new epoch is the only safe numbering.
+        A message of it must be one that an earlier process wrote: a restored card's new message may have a number that
+        ingest knows with another content. What is acknowledged is not asked with: ingest may not know it in this epoch.
         """
-        if flow.sent and (flow.ask > flow.sent or self.spool.body(lane, flow.ask) is None):
-            flow.rewind()
-            flow.ask = self.spool.earliest(lane, flow.sent)
-            if not flow.ask:
-                self._unproven.add(lane)
-                return []
-        body = self.spool.body(lane, flow.ask)
-        if body is None or room <= 0 or flow.under_way:
-            return []  # not even a first message yet; or asked already
-        return [self._send(lane, (flow.ask, body), now_ms, mono_s)]
-
-    def _settled(self) -> bool:
-        """Return whether no other lane has messages that may be in the log already: they keep their numbers."""
-        return all(
-            self.spool.floor(lane) > flow.sent for lane, flow in self._flows.items() if lane not in self._unproven
-        )
+        seq = flow.compare if self.spool.body(lane, flow.compare) is not None else self.spool.earliest(lane, flow.sent)
+        body = self.spool.body(lane, seq)
+        if body is not None:
+            return [self._send(lane, (seq, body), now_ms, mono_s)]
+        floor = self.spool.floor(lane)
+        payload = columns_message(Header(self.spool.epoch, floor - 1, floor, now_ms), b"")
+        self.counters.add("asked_total")
+        flow.note(floor - 1, len(payload), mono_s)
+        return [payload]
 
     def _send(self, lane: Lane, message: tuple[int, bytes], now_ms: int, mono_s: float) -> bytes:
         seq, body = message
         flow = self._flows[lane]
-        floor = min(self.spool.floor(lane), seq)  # what is asked with may be acknowledged already
-        payload = columns_message(Header(self.spool.epoch, seq, floor, now_ms), body, compress=self._compress)
+        header = Header(self.spool.epoch, seq, self.spool.floor(lane), now_ms)
+        payload = columns_message(header, body, compress=self._compress)
         self.counters.add("resent_total" if seq <= flow.high else "sent_total")
         flow.note(seq, len(payload), mono_s)
         return payload
@@ -232,7 +220,7 @@ class Uplink:
         flow = self._flows[lane]
         if ack.seq > flow.sent:
             self._restored(ack)
-        elif flow.ask:
+        elif flow.asking:
             self._answered(lane, flow, ack.seq, mono_s)
         elif ack.seq > flow.acked:
             self._accept(lane, flow, ack.seq, mono_s)
@@ -245,14 +233,13 @@ class Uplink:
     def _answered(self, lane: Lane, flow: _Flow, seq: int, mono_s: float) -> None:
         if not flow.under_way:
             return  # not asked yet: this answers somebody else
-        if seq == flow.ask:
-            flow.ask = 0
+        asked = flow.under_way[0][0]
+        if seq != asked and seq >= self.spool.floor(lane) and self.spool.body(lane, seq) is not None:
+            flow.compare = seq  # ingest says that it has these: let it compare the last of them
+        else:
+            flow.asking = False
             if seq > flow.acked:
                 self._accept(lane, flow, seq, mono_s)
-        elif seq >= self.spool.floor(lane):
-            flow.ask = seq  # ingest says that it has these: let it compare the last of them
-        else:
-            flow.ask = 0
         flow.rewind()
 
     def _accept(self, lane: Lane, flow: _Flow, seq: int, mono_s: float) -> None:
@@ -263,14 +250,14 @@ class Uplink:
     def _restored(self, ack: Ack) -> None:
         """Begin a new epoch: ingest knows messages of this one that this card never sent."""
         what = f"{ack.lane} is acknowledged up to {ack.seq}, beyond what this card sent: it was restored from a copy"
-        self._renumber("restored", what)
-
-    def _renumber(self, reason: str, what: str) -> None:
+        try:
+            self.spool.new_epoch("restored")
+        except DiskFull as error:  # nothing is freed meanwhile, and the next answer says it again
+            self.counters.add("errors_total", stage="disk_full")
+            self.counters.warn(f"{self.ack_topic}: {what}; a new epoch waits for room: {error}")
+            return
         self.counters.warn(f"{self.ack_topic}: {what}; a new epoch begins")
-        self.spool.new_epoch(reason)
-        self._unproven.clear()
-        for lane in Lane:
-            self._flows[lane] = self._flow(lane)
+        self._flows = {lane: self._flow(lane) for lane in Lane}
 
 
 assert MAX_MESSAGE < WINDOW_BYTES, "an empty window must hold any message"

@@ -20,9 +20,9 @@ from sqlalchemy import select
 
 from citybrain.cli import Subcommand, emit
 from citybrain.clock import MINUTE_MS
+from citybrain.db.place import add_database, layout_of
 from citybrain.db.schema import alarms, cases
 from citybrain.db.store import open_store
-from citybrain.layout import Layout
 from simulators.faults import Truth, read_truth
 
 BEFORE_MS, AFTER_MS = 2 * MINUTE_MS, 30 * MINUTE_MS
@@ -211,7 +211,7 @@ def wrong(due: Sequence[Found], false: Sequence[Order]) -> dict[str, list[str]]:
     }
 
 
-def read_orders(database: Path) -> list[Order]:
+def read_orders(database: Path | str) -> list[Order]:
     """Return every case, rescue and maintenance order with its incident's members; raises NotFound."""
     store = open_store(database, readonly=True)
     try:
@@ -234,11 +234,13 @@ def read_orders(database: Path) -> list[Order]:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="a run's data folder (default: --data)")
+    add_database(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
-    layout = Layout(args.folder or args.data)
-    score = evaluate(read_truth(layout.truth), read_orders(layout.database))
+    args.data = args.folder or args.data
+    layout = layout_of(args, {})  # the environment names a live run's, which need not be this folder's
+    score = evaluate(read_truth(layout.truth), read_orders(layout.place))
     if not args.json:
         score["wrong"] = {name: shortened(ids) for name, ids in score["wrong"].items()}
     emit(score, as_json=args.json)

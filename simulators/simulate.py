@@ -14,6 +14,7 @@ from api.assets.store import ledger_version
 from citybrain.cli import Subcommand, emit
 from citybrain.clock import HOUR_MS
 from citybrain.counters import Counters
+from citybrain.db.place import layout_of
 from citybrain.errors import DiskFull, UsageError
 from citybrain.layout import Layout, Run
 from citybrain.mailbox import Command, Mailbox
@@ -222,7 +223,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    layout = Layout(args.data)
+    layout = layout_of(args)
     run = layout.read_run()
     size: Size = args.size or ("reference" if args.offline else run.size)
     district = build(run.seed if args.seed is None else args.seed, size)

@@ -26,6 +26,7 @@ class Verdict(enum.Enum):
     REPEATED = "repeated"
     GAP = "gap"
     CONFLICT = "conflict"
+    ASKED = "asked"
 
 
 class Cursor(msgspec.Struct):
@@ -38,6 +39,8 @@ class Cursor(msgspec.Struct):
 
     def judge(self, header: Header, checksum: int) -> Verdict:
         """Return what a message with this header is; call `skip_to` with its floor first."""
+        if header.asks:
+            return Verdict.ASKED
         if header.seq == self.expected:
             return Verdict.NEXT
         if header.seq > self.expected:

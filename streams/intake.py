@@ -122,15 +122,14 @@ class Intake:
                 later = [other for other in self._logs.starts("log", self.shard) if other > reader.offset]
                 if not later:
                     return
-                reader = self._logs.reader("log", self.shard, later[0])
+                reader = self._logs.reader("log", self.shard, min(later))
             else:
                 return
 
     def _last_snapshot(self) -> int:
         """Return the offset of the last snapshot of cursors that can be read, or of the first record."""
-        found = self._logs.starts("log", self.shard)
         following = self._writer.next_offset
-        for first in reversed(found):
+        for first in self._logs.starts("log", self.shard):
             place = -1
             for record in self._records(first):
                 if record.offset >= following:
@@ -140,7 +139,7 @@ class Intake:
             if place >= 0:
                 return place
             following = first
-        return found[0] if found else self._writer.next_offset
+        return following
 
     def _saved(self, control: Control) -> Saved | None:
         if control.what != "cursors":

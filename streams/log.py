@@ -24,7 +24,6 @@ U32 = npt.NDArray[np.uint32]
 class Kind(enum.IntEnum):
     """What a log record holds."""
 
-    VOID = 0  # nothing: it takes up an offset (streams.runtimes.kafka.store)
     FRAME = 1
     TICK = 2
     CONTROL = 3

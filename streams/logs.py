@@ -82,8 +82,11 @@ class LogStore(Protocol):
     def reader(self, name: Name, shard: int, offset: int = 0) -> LogReader:
         """Return a reader that goes on at an offset."""
 
-    def starts(self, name: Name, shard: int) -> list[int]:
-        """Return offsets, ascending, to begin at when looking backwards for what was written last."""
+    def starts(self, name: Name, shard: int) -> Iterator[int]:
+        """Yield offsets to begin at when looking backwards for what was written last, down to the log's first."""
+
+    def end(self, name: Name, shard: int) -> int:
+        """Return the offset behind what is committed."""
 
     def where(self, name: Name, shard: int) -> str:
         """Return what a message calls this log."""
@@ -119,8 +122,11 @@ class SegmentStore:
     def reader(self, name: Name, shard: int, offset: int = 0) -> segments.Reader:
         return segments.Reader(self._path(name, shard), offset, self._files)
 
-    def starts(self, name: Name, shard: int) -> list[int]:
-        return segments.segments(self._files, self._path(name, shard))
+    def starts(self, name: Name, shard: int) -> Iterator[int]:
+        return reversed(segments.segments(self._files, self._path(name, shard)))
+
+    def end(self, name: Name, shard: int) -> int:
+        return self._files.marked(self._path(name, shard) / "committed")
 
     def where(self, name: Name, shard: int) -> str:
         return str(self._path(name, shard))

@@ -14,7 +14,8 @@ from streams.runtimes.broker import mosquitto as find_mosquitto
 from streams.runtimes.broker import mosquitto_configuration
 from streams.runtimes.supervisor import accepts
 
-pytest_plugins = ("tests.kafka_cluster",)  # its broker is one for all files of a session
+# Their broker and their server are one for all files of a session.
+pytest_plugins = ("tests.kafka_cluster", "tests.postgres")
 
 
 def unused_port() -> int:

@@ -55,12 +55,16 @@ def make_registry() -> Registry:
 
 
 class City:
-    """A data folder with a desk on it. Times are given in ms after T0."""
+    """A data folder with a desk on it. Times are given in ms after T0. `database`: a URL, "" for its own file."""
 
     def __init__(
-        self, root: Path, config: DeskConfig | None = None, logs_of: Callable[[Layout], LogStore] = SegmentStore
+        self,
+        root: Path,
+        config: DeskConfig | None = None,
+        logs_of: Callable[[Layout], LogStore] = SegmentStore,
+        database: str = "",
     ) -> None:
-        self.layout = Layout(root)
+        self.layout = Layout(root, database)
         self.layout.make()
         self.config = config or DeskConfig()
         self.logs = logs_of(self.layout)
@@ -72,7 +76,7 @@ class City:
             writer.start()
         self.source = [writer.next_offset * 10 for writer in self.writers]
         self.mailbox = Mailbox(self.layout.mailbox("desk"))
-        self.store: Engine = open_store(self.layout.database)
+        self.store: Engine = open_store(self.layout.place)
         self.desk = self.make_desk(self.store)
         self.desk.start()
 
@@ -82,7 +86,7 @@ class City:
     def restart(self) -> None:
         """A desk that remembers nothing goes on with the same database."""
         self.store.dispose()
-        self.store = open_store(self.layout.database)
+        self.store = open_store(self.layout.place)
         self.desk = self.make_desk(self.store)
         self.desk.start()
 

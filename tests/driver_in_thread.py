@@ -57,6 +57,7 @@ class Scripted:
                 os._exit(9)
             for request in host.requests():
                 host.blob(request.what.encode())
+                host.blob(device.encode(), unmasked=True)
                 host.drop("rubbish", 2, "xyz")
                 host.quality(device, Quality.GARBLED, "noise")
                 host.answer(request.id, ok=True, text=device)

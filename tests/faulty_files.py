@@ -102,6 +102,8 @@ class LossyFiles:
         pass
 
     def replace(self, path: Path, data: bytes) -> None:
+        if self.capacity is not None and self.used() + len(data) > self.capacity:  # the old one stays until it is there
+            raise DiskFull(f"{path}: no space left on the device")
         self.files[path] = _File(data)
 
     def rename(self, old: Path, new: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from api.desk import Desk
 from api.desk_process import Loop
+from api.lease import Lease
 from citybrain.clock import DAY_MS, RunClock, system_clock
 from citybrain.counters import Counters, read_heartbeats
 from citybrain.db.migrations import upgrade
@@ -155,7 +156,7 @@ def test_the_desk(tmp_path: Path, ballast: Ballast) -> None:
     ballast.load()
     desk = Desk(city.store, city.layout, (0, 1), city.desk.categories, counters=counters)
     desk.start()
-    loop = Loop(desk, None, Run(clock=system_clock(), shards=2), counters)
+    loop = Loop(desk, Lease(city.store, "desk"), None, Run(clock=system_clock(), shards=2), counters)
     running = threading.Thread(target=loop)
     running.start()
     try:

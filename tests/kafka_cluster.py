@@ -76,7 +76,10 @@ class Broker:
 
     def __init__(self, folder: Path, node: int, port: int, controller: int, class_path: str) -> None:
         self.folder, self.node, self.port, self.controller = folder, node, port, controller
+        self.advertised = port  # where others are told to come; another one puts a proxy before it
         self.class_path = class_path
+        self.listeners = [f"PLAINTEXT://127.0.0.1:{port}"]  # where clients are served
+        self.more = ""  # further properties
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -92,8 +95,8 @@ class Broker:
             process.roles=broker,controller
             node.id={self.node}
             controller.quorum.voters={voters}
-            listeners=PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{self.controller}
-            advertised.listeners=PLAINTEXT://127.0.0.1:{self.port}
+            listeners={",".join(self.listeners)},CONTROLLER://127.0.0.1:{self.controller}
+            advertised.listeners={",".join(self.listeners).replace(f":{self.port}", f":{self.advertised}")}
             controller.listener.names=CONTROLLER
             log.dirs={self.folder / "log"}
             offsets.topic.num.partitions=1
@@ -111,6 +114,7 @@ class Broker:
             num.io.threads=4
             log.cleaner.dedupe.buffer.size=4000000
             """)
+            + self.more
         )
 
     def java(self, *argv: str) -> list[str]:
@@ -148,15 +152,22 @@ class Cluster:
     def __init__(self, folder: Path, brokers: int, class_path: str) -> None:
         ports = [(unused_port(), unused_port()) for _ in range(brokers)]
         self.brokers = [Broker(folder / str(n), n, *ports[n - 1], class_path) for n in range(1, brokers + 1)]
-        self.address = ",".join(f"127.0.0.1:{broker.port}" for broker in self.brokers)
 
-    def start(self) -> None:
-        """Format and start all brokers, and wait until they serve."""
+    @property
+    def address(self) -> str:
+        return ",".join(f"127.0.0.1:{broker.advertised}" for broker in self.brokers)
+
+    def prepare(self) -> None:
+        """Write every broker's configuration and format its disk."""
         voters = ",".join(f"{broker.node}@127.0.0.1:{broker.controller}" for broker in self.brokers)
         cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         for broker in self.brokers:
             broker.write(voters, len(self.brokers))
             broker.format(cluster)
+
+    def start(self) -> None:
+        """Prepare and start all brokers, and wait until they serve."""
+        self.prepare()
         for broker in self.brokers:
             broker.start()
         self.wait()

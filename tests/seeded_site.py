@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from api.platforms.webhook import new_secret
 from citybrain.clock import RunClock, real_unix_ms
 from citybrain.counters import Counters
 from citybrain.db.migrations import upgrade
+from citybrain.db.place import VARIABLE
 from citybrain.db.schema import alarms, cases, commands, incidents, outbox, timeline
 from citybrain.db.store import open_store
 from citybrain.layout import Active, Layout, Run
@@ -37,8 +39,8 @@ SHARDS = 2
 class Seeded:
     """The folder, and what stands in it."""
 
-    def __init__(self, root: Path) -> None:
-        self.layout = Layout(root)
+    def __init__(self, root: Path, database: str = "") -> None:
+        self.layout = Layout(root, database)
         self.now_ms = real_unix_ms()
         self.district: District = build(7)
         self.run = Run(
@@ -65,7 +67,7 @@ class Seeded:
         self.layout.write_active(Active(self.registry, self.ruleset))
         for name in ("platform.key", "verdict.key"):
             (self.layout.secrets / name).write_text(new_secret())
-        store = open_store(self.layout.database)
+        store = open_store(self.layout.place)
         upgrade(store)
         store.dispose()
         for writer in self.writers:
@@ -114,7 +116,7 @@ class Seeded:
 
     def rows(self, table: Any, *rows: dict[str, Any]) -> None:
         """Put rows into the database."""
-        store = open_store(self.layout.database)
+        store = open_store(self.layout.place)
         with store.begin() as connection:
             for row in rows:
                 connection.execute(insert(table).values(**row))
@@ -225,9 +227,9 @@ class Seeded:
         )  # fmt: skip
 
 
-def seeded(root: Path) -> Seeded:
-    """Return a prepared folder without rows."""
-    made = Seeded(root)
+def seeded(root: Path, database: str = "") -> Seeded:
+    """Return a prepared folder without rows; `database`: a URL, "" for its own file."""
+    made = Seeded(root, database)
     made.prepare()
     return made
 
@@ -237,7 +239,8 @@ def process(layout: Layout, *words: str, ready: str) -> Iterator[subprocess.Pope
     """Run a real `citybrain` subcommand until `ready` (a URL) answers; stop it in the end."""
     argv = [sys.executable, "-m", "citybrain", words[0], "--data", str(layout.root), *words[1:]]
     with (layout.root / f"{words[0]}.log").open("ab") as log:
-        started = subprocess.Popen(argv, stdout=log, stderr=log)
+        environment = os.environ | ({VARIABLE: layout.store} if layout.store else {})
+        started = subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
     try:
         eventually(lambda: answers(ready), 20, f"{ready}: {(layout.root / f'{words[0]}.log').read_text()[-2000:]}")
         yield started

@@ -23,8 +23,8 @@ from tests.seeded_site import SHARDS, Seeded, process, seeded, stops_within
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seeded]:
-    made = seeded(tmp_path_factory.mktemp("site"))
+def site(tmp_path_factory: pytest.TempPathFactory, shared_database: str) -> Iterator[Seeded]:
+    made = seeded(tmp_path_factory.mktemp("site"), shared_database)
     made.seed_night()
     made.frame([("hyd-000001", "pressure_mpa", made.now_ms, 0.31), ("gw-01", "uptime_s", made.now_ms, 12.0)])
     made.beat()

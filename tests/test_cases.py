@@ -142,8 +142,8 @@ def test_a_place_knows_its_grid_street_and_owner() -> None:
 
 
 @pytest.fixture
-def city(tmp_path: Path) -> Iterator[City]:
-    made = City(tmp_path)
+def city(tmp_path: Path, database: str) -> Iterator[City]:
+    made = City(tmp_path, database=database)
     yield made
     invariants(made)
     made.close()

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import inspect
 from sqlalchemy import text as sql
 
 from api.desk import Desk, DeskConfig, replay
@@ -20,8 +21,8 @@ from citybrain.clock import DAY_MS, system_clock
 from citybrain.counters import read_heartbeats
 from citybrain.db.migrations import HEAD, revision, upgrade
 from citybrain.db.schema import alarms, cases, consumed, incidents, journal, metadata, outbox
-from citybrain.db.store import open_store
-from citybrain.errors import NotFound, StorageError
+from citybrain.db.store import open_store, refusals
+from citybrain.errors import NotFound, StorageError, Unavailable
 from citybrain.layout import Run
 from citybrain.mailbox import Command
 from citybrain.model import Edge
@@ -34,8 +35,8 @@ Groups = Counter[tuple[frozenset[tuple[str, str, int]], tuple[tuple[str, str], .
 
 
 @pytest.fixture
-def city(tmp_path: Path) -> Iterator[City]:
-    made = City(tmp_path)
+def city(tmp_path: Path, database: str) -> Iterator[City]:
+    made = City(tmp_path, database=database)
     yield made
     invariants(made)
     made.close()
@@ -326,19 +327,30 @@ def test_migrations_make_the_schema_that_the_code_has(city: City) -> None:
     assert revision(city.store) == HEAD
     with city.store.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-        made = set(connection.execute(sql("SELECT name FROM sqlite_master WHERE type = 'index'")).scalars())
-    assert {index.name for table in metadata.tables.values() for index in table.indexes} <= made
+        for table in metadata.tables.values():
+            made = {index["name"]: index for index in inspect(connection).get_indexes(table.name)}
+            for index in table.indexes:
+                found = made[index.name]
+                assert bool(found["unique"]) == bool(index.unique)
+                partial = {k.rpartition("_")[2] for k, v in found.get("dialect_options", {}).items() if v is not None}
+                wanted = index.dialect_options[connection.dialect.name]["where"] is not None
+                assert ("where" in partial) == wanted, index.name
 
 
 def test_readers_cannot_write_and_a_missing_database_is_said(city: City, tmp_path: Path) -> None:
-    reader = open_store(city.layout.database, readonly=True)
-    with pytest.raises(Exception, match="readonly"), reader.begin() as connection:
+    reader = open_store(city.layout.place, readonly=True)
+    with (
+        pytest.raises((StorageError, Unavailable), match=r"read-?only"),
+        refusals(reader),
+        reader.begin() as connection,
+    ):
         connection.execute(alarms.delete())
     reader.dispose()
     with pytest.raises(NotFound, match="no database yet"):
         open_store(tmp_path / "nowhere.db", readonly=True)
 
 
+@pytest.mark.parametrize("database", [""])
 def test_a_full_disk_writes_nothing_and_loses_nothing(city: City) -> None:
     city.step(0)
     with city.store.connect() as connection:
@@ -454,15 +466,24 @@ def test_whatever_shard_is_read_first_the_same_alarms_belong_together(
     assert groups_of(root / "other", (1, 0), batch, history) == first
 
 
-def test_an_aborted_transaction_leaves_nothing_and_the_next_does_it_all(city: City) -> None:
+REFUSING = {
+    "sqlite": ["CREATE TRIGGER stop BEFORE INSERT ON timeline WHEN FULL BEGIN SELECT RAISE(ABORT, 'stopped'); END"],
+    "postgresql": [
+        "CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ "  # noqa: ISC004
+        "BEGIN IF FULL THEN RAISE 'stopped'; END IF; RETURN NEW; END $$",
+        "CREATE TRIGGER stop BEFORE INSERT ON timeline FOR EACH ROW EXECUTE FUNCTION refuse()",
+    ],
+}
+
+
+def test_an_aborted_transaction_leaves_nothing_and_the_next_does_it_all(city: City, database: str) -> None:
     city.raises("hydrant_tilted", HYDRANTS[0], at=0)
     city.command("a1", "acknowledge", {"alarm": 1}, at=S)
     before = everything(city.store)
     with city.store.begin() as connection:  # the timeline refuses the third line of the next transaction
-        connection.execute(sql(
-            "CREATE TRIGGER stop BEFORE INSERT ON timeline WHEN (SELECT count(*) FROM timeline) > "
-            f"{len(before['timeline']) + 2} BEGIN SELECT RAISE(ABORT, 'stopped'); END"
-        ))  # fmt: skip
+        full = f"(SELECT count(*) FROM timeline) > {len(before['timeline']) + 2}"
+        for statement in REFUSING[connection.dialect.name]:
+            connection.exec_driver_sql(statement.replace("FULL", full))
     city.mailbox.put(Command("a2", "acknowledge", "li", T0, {"alarm": 2}))
     city.put(city.transition("hydrant_tilted", HYDRANTS[1], Edge.RAISE, MIN),
              city.transition("elevator_trapped", LIFTS[0], Edge.RAISE, MIN))  # fmt: skip
@@ -471,7 +492,7 @@ def test_an_aborted_transaction_leaves_nothing_and_the_next_does_it_all(city: Ci
             city.step(MIN)
         assert everything(city.store) == before
     with city.store.begin() as connection:
-        connection.execute(sql("DROP TRIGGER stop"))
+        connection.exec_driver_sql(f"DROP TRIGGER stop{' ON timeline' if database else ''}")
     assert city.step(MIN) == 3
     assert city.kinds() == {"case": 2, "rescue": 1}
     assert city.step(MIN) == 0

@@ -20,7 +20,7 @@ from citybrain.model import Lane, Reading
 from edge.driver import Quality, Request
 from edge.host import MOST_ABANDONED, Configured, Hosts
 from edge.limits import Limit
-from edge.mailbox import MOST_WAITING, Answer
+from edge.mailbox import MOST_WAITING, Answer, Blob
 from edge.report import Report
 from tests import driver_in_thread
 from tests.conftest import eventually
@@ -191,7 +191,7 @@ def test_requests_are_answered_and_restarts_on_demand_are_no_errors(boxes: list[
 
     box.until(answered, what="the answer")
     assert answers == [Answer("r1", ok=True, text="dev-a")]
-    assert box.hosts.blobs() == [("a", b"sample")]
+    assert box.hosts.blobs() == [("a", Blob(b"sample", unmasked=False)), ("a", Blob(b"dev-a", unmasked=True))]
     assert box.count("dropped_total{reason=rubbish}") == 2
     assert "a: rubbish: xyz" in box.counters.warnings
     assert "a: dev-a: garbled: noise" in box.counters.warnings

@@ -125,6 +125,11 @@ class Line:
     def store(self) -> EvidenceStore:
         return EvidenceStore(self.layout.evidence, self.files)
 
+    def close(self) -> None:
+        self.ingest.close()
+        for uplink in self.uplinks.values():
+            uplink.spool.close()
+
     def open_ingest(self) -> None:
         self.ingest = Ingest(self.layout, (0,), self.counters, self.files)
         self.ingest.start()
@@ -237,6 +242,7 @@ def test_a_kill_between_any_two_writes_loses_and_doubles_nothing(tmp_path: Path,
         assert line.store.content(line.store.find(sha256)) == content
         assert line.complete() == [sha256]
         assert line.seqs() == [1, 2, 3]
+        line.close()
         if disk.armed:
             return
     pytest.fail("it never ran to its end")

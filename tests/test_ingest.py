@@ -206,6 +206,31 @@ def test_an_unknown_epoch_starts_at_its_floor_and_what_is_evicted_is_lost(platfo
     assert platform.count("lost_total{reason=evicted}") == 7
 
 
+@pytest.mark.parametrize("columns", [True, False])
+def test_a_question_is_answered_and_never_taken(platform: Platform, columns: bool) -> None:
+    def ask(floor: int, epoch: int = EPOCH) -> None:
+        header = wire.Header(epoch, floor - 1, floor, NOW)
+        platform.send(wire.columns_message(header, b"") if columns else wire.json_message(header, b"[]"))
+
+    ask(1)
+    assert platform.ack() == 0
+    for seq in (1, 2, 3):
+        platform.send(encoded([reading()], seq))
+    assert platform.ack() == 3
+    ask(3)  # that ingest has 2 with other content is no conflict
+    assert platform.ack() == 3
+    ask(6)
+    assert platform.ack() == 5
+    assert platform.count("lost_total{reason=evicted}") == 2
+    ask(41, epoch=EPOCH + 1)  # an epoch that began behind 40 acknowledged messages
+    assert platform.ack() == 40
+    platform.restart()  # nothing of it is in the log
+    platform.send(encoded([reading()], 41, 41, epoch=EPOCH + 1))
+    assert platform.ack() == 41
+    assert platform.seqs() == [1, 2, 3, 41]
+    assert platform.count("conflict_total") == 0
+
+
 def test_epochs_have_their_own_numbers(platform: Platform) -> None:
     """A cloned card alternates between two epochs; a ninth makes the oldest be forgotten."""
     for seq in (1, 2, 3):

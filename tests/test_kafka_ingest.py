@@ -13,8 +13,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from citybrain import wire
 from citybrain.clock import RunClock, real_unix_ms
-from citybrain.counters import Heartbeat
+from citybrain.counters import Counters, Heartbeat
+from citybrain.errors import EXIT_UNAVAILABLE
 from citybrain.layout import Layout, Run
 from citybrain.mailbox import Mailbox, command
 from citybrain.model import Device, Gateway, Lane, Place, Reading, Registry
@@ -22,7 +24,9 @@ from citybrain.segments import Record
 from gateway.service import Broker, GatewayService
 from gateway.spool import Spool
 from gateway.uplink import Uplink
-from streams.log import Kind, decode_control, frame_head
+from streams.ingest import Ingest
+from streams.log import Control, Kind, decode_control, frame_head
+from streams.logs import records
 from streams.registry import encode_registry
 from streams.runtimes.kafka.store import KafkaStore
 from tests.conftest import end, eventually
@@ -175,3 +179,57 @@ def test_told_to_stop_while_kafka_is_away_it_stops_and_acknowledges_nothing(site
     site.start()
     site.drive()
     assert site.frames() == Counter(range(1, 11))
+
+
+# --- several ingests on one shared folder -----------------------------------------------------------------------------
+
+
+def owned(*, adopted: bool) -> Registry:
+    """Two gateways, one a shard; their devices are unknown until they are adopted."""
+    gateways = tuple(Gateway(f"gw-{shard}", shard, PLACE) for shard in (0, 1))
+    devices = [Device(f"hyd-{shard}", "hydrant", f"gw-{shard}", PLACE, ("pressure_mpa",)) for shard in (0, 1)]
+    return Registry(gateways, tuple(devices) if adopted else ())
+
+
+def test_ingests_of_different_shards_share_a_folder_and_its_quarantine(
+    tmp_path: Path, kafka: str, topic_prefix: str
+) -> None:
+    layout = Layout(tmp_path)
+    layout.make()
+    store = KafkaStore(kafka, layout, 2, prefix=topic_prefix)
+    store.open()
+    names = [layout.put_blob(encode_registry(owned(adopted=adopted))) for adopted in (False, True)]
+    ingests = [Ingest(layout, [shard], Counters(f"ingest-{shard}"), logs=store) for shard in (0, 1)]
+    for one in ingests:
+        one.start()
+        one.control(Control("registry", 1, "test", names[0]), 1)
+        one.commit()
+    for seq in range(1, 31):  # in turn, as two machines would
+        for shard, one in enumerate(ingests):
+            header = wire.Header(1, seq, 1, 1000)
+            body = wire.json_body([Reading(f"hyd-{shard}", seq * 1000, {"pressure_mpa": 0.3})])
+            one.message(wire.topic(shard, f"gw-{shard}", "telemetry"), wire.json_message(header, body), 1000)
+            one.commit()
+    for one in ingests:
+        assert one.counters.gauges["quarantined"] == 30
+    ingests[0].close()
+    again = Ingest(layout, [0], Counters("ingest-0"), logs=store)  # one begins anew beside the other
+    again.start()
+    for one in (again, ingests[1]):
+        one.control(Control("registry", 2000, "test", names[1]), 2000)
+        one.commit()
+        assert (one.counters.values["replayed_total"], one.counters.gauges["quarantined"]) == (30, 0)
+        one.close()
+    for shard in (0, 1):
+        found = [record.payload for record in records(store.reader("log", shard)) if record.kind == Kind.FRAME]
+        assert sum(frame_head(payload).values for payload in found) == 30
+
+
+def test_a_second_ingest_on_a_shard_is_refused(site: Site) -> None:
+    argv = [sys.executable, "-m", "citybrain", "ingest", "--data", str(site.layout.root), "--shards", "1"]
+    argv += ["--log", "kafka", "--kafka", site.kafka, "--topics", site.prefix]
+    second = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    assert second.returncode == EXIT_UNAVAILABLE
+    assert "another ingest has shard 1" in second.stderr
+    site.spool(5)
+    site.drive()  # and hurts nobody

@@ -22,8 +22,8 @@ from tests.desk_city import HYDRANTS, LIFTS, MIN, T0, City, S, everything, invar
 
 
 @pytest.fixture
-def city(tmp_path: Path) -> Iterator[City]:
-    made = City(tmp_path)
+def city(tmp_path: Path, database: str) -> Iterator[City]:
+    made = City(tmp_path, database=database)
     made.step(0)
     yield made
     invariants(made)

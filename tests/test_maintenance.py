@@ -29,8 +29,8 @@ QUIET = 31 * MIN
 
 
 @pytest.fixture
-def city(tmp_path: Path) -> Iterator[City]:
-    made = City(tmp_path)
+def city(tmp_path: Path, database: str) -> Iterator[City]:
+    made = City(tmp_path, database=database)
     yield made
     invariants(made)
     made.close()

@@ -35,7 +35,7 @@ class Time:
     def put(self, _lane: Lane, reading: Reading) -> None:
         self.given.setdefault(reading.device, []).append(self.now_s)
 
-    def blob(self, _content: bytes) -> str:
+    def blob(self, _content: bytes, *, unmasked: bool = False) -> str:
         raise AssertionError
 
     def quality(self, device: str, quality: Quality, why: str = "") -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.desk_process import Loop, make_deliverer
+from api.lease import Lease
 from api.outbox import MOST_MS, MOST_URGENT_MS, Deliverer, Outgoing, backoff_ms, judge, retry_after_ms, unreachable
 from api.platforms.webhook import new_secret, verify
 from citybrain.clock import real_unix_ms, real_unix_s, system_clock
@@ -126,7 +127,7 @@ class Office:
         self.platform = platform
         self.deliverer = Deliverer(platform.url, platform.secret)
         self.counters = city.desk.counters
-        self.loop = Loop(city.desk, self.deliverer, Run(clock=system_clock()), self.counters)
+        self.loop = Loop(city.desk, Lease(city.store, "desk"), self.deliverer, Run(clock=system_clock()), self.counters)
         self.deliverer.start()
 
     def go(self, holds: Callable[[], object], within_s: float = 15) -> None:
@@ -144,13 +145,13 @@ Answer = Callable[[str, int], tuple[int, dict[str, str]] | None]
 
 
 @pytest.fixture
-def open_office(tmp_path: Path) -> Iterator[Callable[[Answer], Office]]:
+def open_office(tmp_path: Path, database: str) -> Iterator[Callable[[Answer], Office]]:
     offices: list[Office] = []
 
     def make(answer: Answer) -> Office:
         platform = Platform(new_secret(), answer)
         threading.Thread(target=platform.serve_forever, args=(0.02,), daemon=True).start()
-        offices.append(Office(City(tmp_path), platform))
+        offices.append(Office(City(tmp_path, database=database), platform))
         return offices[-1]
 
     yield make
@@ -253,7 +254,7 @@ def test_a_result_that_was_not_written_is_delivered_again_under_the_same_id(
     office.city.restart()
     second = Deliverer(office.platform.url, office.platform.secret)
     second.start()
-    loop = Loop(office.city.desk, second, Run(clock=system_clock()), office.counters)
+    loop = Loop(office.city.desk, Lease(office.city.store, "desk"), second, Run(clock=system_clock()), office.counters)
     eventually(lambda: loop.once() >= 0 and office.states() == {"000001.1": "delivered"}, 10)
     second.stop()
     assert office.platform.got == ["CB20261125-000001.1"] * 2, "the platform knows it by its id"
@@ -263,7 +264,7 @@ def test_nobody_there_means_again_and_says_where(tmp_path: Path) -> None:
     city = City(tmp_path)
     deliverer = Deliverer(f"http://127.0.0.1:{unused_port()}/cases", new_secret())
     deliverer.start()
-    loop = Loop(city.desk, deliverer, Run(clock=system_clock()), city.desk.counters)
+    loop = Loop(city.desk, Lease(city.store, "desk"), deliverer, Run(clock=system_clock()), city.desk.counters)
     city.raises("hydrant_tilted", HYDRANTS[0], at=0)
     eventually(lambda: loop.once() >= 0 and city.one(outbox)["attempts"] >= 2, 10)
     row = city.one(outbox)
@@ -281,7 +282,7 @@ def test_without_a_secret_nothing_is_delivered(tmp_path: Path) -> None:
     made = make_deliverer(city.layout, run, None)
     assert made is not None
     assert made.endpoint == "http://127.0.0.1:8099/cases"
-    loop = Loop(city.desk, None, run, Counters("desk"))
+    loop = Loop(city.desk, Lease(city.store, "desk"), None, run, Counters("desk"))
     city.raises("hydrant_tilted", HYDRANTS[0], at=0)
     loop.once()
     assert city.one(outbox)["state"] == "pending"

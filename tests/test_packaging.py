@@ -11,10 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-
-from citybrain.cli import commands, parser_for
-from streams.runtimes.broker import mosquitto_configuration
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("citybrain", "edge", "gateway", "streams", "rules", "api", "simulators")
@@ -91,43 +87,3 @@ def test_every_command_can_be_loaded() -> None:
     assert {name: point.value for name, point in points.items()} == written
     for point in points.values():
         assert point.load().help
-
-
-# --- containers -------------------------------------------------------------------------------------------------
-
-COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-OURS = {name: service for name, service in COMPOSE.items() if "build" in service}
-
-
-def test_containers_are_reached_through_loopback_only() -> None:
-    published = [port for service in COMPOSE.values() for port in service.get("ports", [])]
-    assert published
-    assert all(port.startswith("127.0.0.1:") for port in published)
-    assert all(service["network_mode"] == "service:mosquitto" for service in OURS.values())
-
-
-def test_containers_run_commands_that_exist_and_say_how_they_are() -> None:
-    once = {name for name, service in OURS.items() if service["restart"] == "no"}
-    assert once == {"prepare", "migrate", "provision", "contract"}
-    for name, service in OURS.items():
-        command = service["command"]
-        options = parser_for(command[0], commands()[command[0]].load())
-        assert options.parse_args(command[1:]).data == Path("/data")
-        if name not in once:
-            assert command[0] == name
-            assert f"/data/run/{name}.heartbeat.json" in service["healthcheck"]["test"][1]
-
-
-def test_images_are_pinned_and_ours_is_not_root() -> None:
-    dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
-    images = [*re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE), COMPOSE["mosquitto"]["image"]]
-    assert all(re.search(r":\d+\.\d+\.\d+", image) for image in images)
-    assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", dockerfile, re.MULTILINE)
-    assert "--require-hashes" in dockerfile
-
-
-def test_the_brokers_configuration_is_that_of_a_run_but_for_its_listener() -> None:
-    kept = (ROOT / "docker" / "mosquitto.conf").read_text().splitlines()
-    kept = [line for line in kept if line and line[0] != "#" and not line.startswith("listener")]
-    live = mosquitto_configuration(1883).splitlines()
-    assert set(kept) == {line for line in live if line.split()[0] not in {"listener", "user", "log_timestamp_format"}}

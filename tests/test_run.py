@@ -20,7 +20,7 @@ from citybrain.clock import RunClock, real_unix_ms
 from citybrain.counters import Counters, Heartbeat
 from citybrain.errors import Unavailable, UsageError
 from citybrain.layout import Layout, Run
-from streams.runtimes.embedded import PORTS, decide, lock, make_secrets
+from streams.runtimes.embedded import PORTS, decide, lock, make_secrets, parts_of
 from streams.runtimes.supervisor import GRACE_S, LOG_BYTES, Failed, Part, Supervisor, cut_log
 from tests.conftest import end, eventually, unused_port
 
@@ -216,8 +216,10 @@ def test_alive_without_its_proof_is_not_ready(tmp_path: Path, heard: Heard) -> N
 
 
 def asked(**given: object) -> argparse.Namespace:
-    names = ("origin", "speed", "seed", *PORTS, "api_host", "workers", "size", "shards")
-    return argparse.Namespace(**{name: given.get(name) for name in names}, prepare=bool(given.get("prepare")))
+    names = ("origin", "speed", "seed", *PORTS, "api_host", "workers", "size", "shards", "log", "kafka", "kafka_config")
+    return argparse.Namespace(
+        **{name: given.get(name) for name in names}, topics="t.", prepare=bool(given.get("prepare"))
+    )
 
 
 @pytest.fixture
@@ -313,6 +315,20 @@ def test_size_and_shards_stay_as_the_data_folder_was_made(layout: Layout, heard:
     for given in ({"size": "zone"}, {"shards": 2}, {"shards": 0}):
         with pytest.raises(UsageError, match="made with --size reference --shards 4, which stay"):
             decide(asked(**given), layout, heard)
+
+
+def test_where_the_logs_are_stays_and_every_process_is_told(layout: Layout, heard: Heard) -> None:
+    with pytest.raises(UsageError, match="say where it is, with --kafka"):
+        decide(asked(log="kafka"), layout, heard)
+    made = decide(asked(log="kafka", kafka="k:1", kafka_config=Path("access.yaml")), layout, heard)
+    layout.write_run(made)
+    assert decide(asked(), layout, heard).logs == made.logs
+    assert decide(asked(log="kafka", kafka="k:2"), layout, heard).logs[3] == "k:2"  # it may move
+    with pytest.raises(UsageError, match="made with its logs in Kafka, where they stay"):
+        decide(asked(log="segments"), layout, heard)
+    parts = {part.name: part.argv for part in parts_of(layout, made, simulate=True)}
+    told = {name for name, argv in parts.items() if argv[-len(made.logs) :] == made.logs}
+    assert told == {"ingest", "worker", "history", "desk", "api"}
 
 
 def test_secrets_are_made_once_and_kept_from_others(layout: Layout) -> None:

@@ -31,9 +31,9 @@ from citybrain.wire import (
 )
 from edge.agent import Agent
 from gateway.pace import Paced
-from gateway.spool import LIMIT_BYTES, MAX_BODY, SEGMENT_BYTES, Spool, seeded_epochs
+from gateway.spool import CLOCK_SET_MS, LIMIT_BYTES, MAX_BODY, SEGMENT_BYTES, Spool, seeded_epochs
 from gateway.store import whole_records
-from tests.faulty_files import LossyFiles
+from tests.faulty_files import LossyFiles, LossyHandle
 
 T, E, B = Lane
 FOLDER = Path("/disk/spool")
@@ -642,6 +642,48 @@ def test_a_card_that_became_read_only_is_said_and_nothing_is_set_aside(tmp_path:
     assert names == ["blob", "event", "meta.json", "telemetry"]
 
 
+class NoNewFile(LossyFiles):
+    """A disk that is so full that not even an empty file can be made."""
+
+    refuses = False
+
+    def append(self, path: Path) -> LossyHandle:
+        if self.refuses and path not in self.files:
+            raise DiskFull(f"{path}: no space left on the device")
+        return super().append(path)
+
+
+def test_what_is_too_old_goes_later_where_not_even_an_empty_file_fits() -> None:
+    disk = NoNewFile()
+    spool = Spool(FOLDER, "A", disk, age_ms=1000)
+    spool.start()
+    spool.append(T, [reading(1)], CLOCK_SET_MS)
+    spool.commit()
+    disk.refuses = True
+    spool.expire(CLOCK_SET_MS + 5000)
+    assert spool.spooled() == 1
+    disk.refuses = False
+    spool.expire(CLOCK_SET_MS + 5000)
+    assert spool.spooled() == 0
+    assert spool.counters.values["lost_total{reason=aged}"] == 1
+
+
+def test_a_new_epoch_that_cannot_be_written_leaves_the_old_one_in_force() -> None:
+    disk = LossyFiles()
+    spool = Spool(FOLDER, "A", disk, evicts=False)
+    spool.start()
+    fill(spool, range(1, 4))
+    before, disk.capacity = spool.epoch, 0
+    with pytest.raises(DiskFull):
+        spool.new_epoch()
+    disk.capacity = None
+    spool.next_connection(5)
+    again = Spool(FOLDER, "A", disk)
+    again.start()
+    assert (again.epoch, spool.epoch, again.continues) == (before, before, True)
+    assert spool.counters.values["epochs_total{reason=restored}"] == 0
+
+
 def test_a_million_messages_open_at_once(tmp_path: Path) -> None:
     """Only the last segment, and the one with the first open message, are read; `benchmarks.spool` has the figure."""
     spool = opened(tmp_path)
@@ -654,6 +696,6 @@ def test_a_million_messages_open_at_once(tmp_path: Path) -> None:
     again = opened(tmp_path)
     took_s = time.process_time() - before_s
     assert again.spooled() == 1_000_000
-    assert again.asks[T] == 1
+    assert again.earliest(T, 1_000_000) == 1
     assert again.body(T, 777_777) == b"12345678"
     assert took_s < 1.0, "a Pi is five times slower, and this took 0.05 s"

@@ -389,3 +389,21 @@ def test_every_counter_is_documented() -> None:
             found |= set(re.findall(r'gauges\["([a-z_]+)"\]', text))
     assert len(found) >= 40
     assert {name for name in found if f"`{name}" not in pages} == set()
+
+
+def test_a_desk_that_stands_by_is_shown_and_missed_only_where_none_works() -> None:
+    def beat(name: str, at: int, **gauges: float) -> Heartbeat:
+        return Heartbeat(name, 1, at, 0, {}, gauges)
+
+    now = 100_000
+    others = {"ingest": beat("ingest", now, connected=1.0), "worker": beat("worker", now, lag_s=0.0)}
+    waiting = {"desk-b": beat("desk-b", now, standby=1.0)}
+    both = {**others, "desk": beat("desk", now - 900, lag_s=0.1, standby=0.0), **waiting}
+    assert not_live(both, now, 2) == []
+    assert set(of_this_run(both, now, 2)) == set(both)
+    assert not_live({**others, **waiting}, now, 2) == ["desk-b is not ready (it stands by, and no desk works)"]
+    silent = {**both, "desk": beat("desk", now - 20_000, lag_s=0.1)}
+    assert not_live(silent, now, 2) == ["desk was last heard 20 s ago"]
+    took_over = {**silent, "desk-b": beat("desk-b", now, lag_s=0.0, standby=0.0)}
+    assert not_live(took_over, now, 2) == []
+    assert set(of_this_run(took_over, now, 2)) == {*others, "desk-b"}

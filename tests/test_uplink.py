@@ -50,7 +50,13 @@ def out(uplink: Uplink, mono_s: float, unsent: int = 0) -> list[tuple[str, Messa
 
 
 def seqs(uplink: Uplink, mono_s: float, unsent: int = 0) -> list[int]:
-    return [message.header.seq for _, message in out(uplink, mono_s, unsent)]
+    """Return the numbers of the messages; questions without one are left out."""
+    return [message.header.seq for _, message in out(uplink, mono_s, unsent) if not message.header.asks]
+
+
+def questions(uplink: Uplink, mono_s: float) -> dict[str, int]:
+    """Return which lanes ask without a message, and with which seq."""
+    return {where: message.header.seq for where, message in out(uplink, mono_s) if message.header.asks}
 
 
 def ack(uplink: Uplink, lane: Lane, seq: int, epoch: int | None = None, mono_s: float = 0.0) -> None:
@@ -265,33 +271,103 @@ def test_what_ingest_says_to_have_is_compared_before_it_is_freed() -> None:
     assert seqs(uplink, 0.2) == [8, 9, 10]
 
 
-def test_the_question_also_goes_out_when_everything_is_acknowledged() -> None:
+def test_where_everything_is_acknowledged_it_asks_without_a_message() -> None:
+    """With the last one ingest would be given it once more, where it does not know this epoch yet."""
     uplink = restarted(LossyFiles(), 10, 10)
-    ((_, message),) = out(uplink, 0.0)
-    assert (message.header.seq, message.header.floor) == (10, 10)
+    assert questions(uplink, 0.0) == {"event": 0, "telemetry": 10, "blob": 0}
+    fill(uplink.spool, 2)
+    assert out(uplink, 0.1) == []
+    assert questions(uplink, TIMEOUT_S) == {"event": 0, "telemetry": 10}  # pictures wait for what is new
     ack(uplink, T, 10)
     assert uplink.spool.counters.values["epochs_total{reason=restored}"] == 0
-    fill(uplink.spool, 2)
-    assert seqs(uplink, 0.1) == [11, 12]
+    assert seqs(uplink, TIMEOUT_S + 0.1) == [11, 12]
+    ack(uplink, E, 0)
+    ack(uplink, Lane.BLOB, 0)
+    assert not uplink.asking
+    assert uplink.counters.values["asked_total"] == 6
+
+
+def test_an_event_does_not_wait_for_the_backlog_because_its_lane_has_nothing_to_ask_with() -> None:
+    """A full disk evicted the event lane's last message, which was acknowledged; telemetry has a long way to go."""
+    disk = LossyFiles()
+    spool = opened(disk)
+    fill(spool, 3, E)
+    spool.acknowledged(E, 3)
+    fill(spool, 500)
+    disk.capacity = disk.used()
+    spool.append(T, [Reading("d", 501, {"value": 501.0})], 501)
+    spool.commit()
+    disk.capacity = None
+    uplink = linked(opened(disk))
+    assert uplink.spool.body(E, 3) is None
+    fill(uplink.spool, 1, E)
+    assert questions(uplink, 0.0)["event"] == 3
+    ack(uplink, E, 3)
+    assert out(uplink, 0.1)[0][0] == "event"
+    assert uplink.spool.spooled() == 502
+
+
+def test_a_restored_card_that_never_had_a_message_learns_it_too() -> None:
+    uplink = restarted(LossyFiles(), 3, 3)
+    fill(uplink.spool, 2, E)
+    assert questions(uplink, 0.0)["event"] == 0
+    ack(uplink, E, 7)
+    assert uplink.spool.counters.values["epochs_total{reason=restored}"] == 1
+    assert [(m.header.seq, m.header.floor) for where, m in out(uplink, 0.1) if where == "event"] == [(1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("power", [False, True])
+def test_what_was_acknowledged_before_its_epoch_began_is_never_sent_in_it(power: bool) -> None:
+    """A board is exchanged and stopped again before the lane said anything: in the log it was once more."""
+    disk = LossyFiles(seed=1)
+    spool = opened(disk)
+    fill(spool, 10)
+    spool.acknowledged(T, 7)
+    opened(disk, serial="B")
+    if power:
+        disk.crash()  # and with it the mark of the floor
+        disk.marks.clear()
+    uplink = linked(opened(disk, serial="B"))
+    assert uplink.asking
+    assert [(m.header.seq, m.header.floor) for where, m in out(uplink, 0.0) if where == "telemetry"] == [(8, 8)]
+
+
+def test_a_new_epoch_waits_where_the_disk_is_full_of_what_is_not_ours() -> None:
+    disk = LossyFiles()
+    uplink = restarted(disk, 10, 10)
+    before = uplink.spool.epoch
+    questions(uplink, 0.0)
+    disk.capacity = 0
+    ack(uplink, T, 15)
+    assert (uplink.spool.epoch, uplink.asking) == (before, True)
+    assert uplink.counters.values["errors_total{stage=disk_full}"] == 1
+    assert "waits for room" in uplink.counters.warnings[-1]
+    disk.capacity = None
+    assert questions(uplink, TIMEOUT_S)["telemetry"] == 10
+    ack(uplink, T, 15)
+    assert uplink.spool.epoch != before
+    assert opened(disk).epoch == uplink.spool.epoch
+
+
+def test_what_ingest_has_and_this_card_cannot_read_any_more_is_believed() -> None:
+    disk = LossyFiles()
+    fill(opened(disk), 6)
+    (path,) = [path for path in disk.files if path.suffix == ".seg" and path.parent.name == "telemetry"]
+    disk.files[path].now[3 * (len(disk.files[path].now) // 6) - 1] ^= 0xFF  # in message 3
+    uplink = linked(opened(disk))
+    assert seqs(uplink, 0.0) == [1]
+    ack(uplink, T, 3)
+    assert seqs(uplink, 0.1) == [4, 5, 6]
 
 
 def test_a_restored_card_learns_it_from_the_answer() -> None:
     uplink = restarted(LossyFiles(), 10, 10, new=20)
     before = uplink.spool.epoch
-    assert seqs(uplink, 0.0) == [10]
+    assert questions(uplink, 0.0)["telemetry"] == 10
     ack(uplink, T, 15)
     assert uplink.spool.epoch != before
     assert not uplink.asking
     assert next((m.header.seq, m.header.floor) for _, m in out(uplink, 0.1)) == (11, 11)
-
-
-def test_a_lane_without_messages_asks_with_its_first_one_alone() -> None:
-    uplink = restarted(LossyFiles(), 3, 3)
-    seqs(uplink, 0.0)
-    fill(uplink.spool, 3, E)
-    assert [m.header.seq for where, m in out(uplink, 0.1) if where == "event"] == [1]
-    ack(uplink, E, 1)
-    assert [m.header.seq for where, m in out(uplink, 0.2) if where == "event"] == [2, 3]
 
 
 def test_a_new_epoch_has_nothing_to_ask() -> None:
@@ -313,7 +389,8 @@ def test_a_damaged_message_is_stepped_over_once_everything_before_it_is_logged()
     ack(uplink, T, 1)
     assert seqs(uplink, 0.1) == [2]
     ack(uplink, T, 2)
-    assert [(m.header.seq, m.header.floor) for _, m in out(uplink, 0.2)] == [(4, 4), (5, 4), (6, 4)]
+    sent = [(m.header.seq, m.header.floor) for where, m in out(uplink, 0.2) if where == "telemetry"]
+    assert sent == [(4, 4), (5, 4), (6, 4)]
     assert uplink.counters.values["lost_total{reason=damaged}"] == 1
 
 

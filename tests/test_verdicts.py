@@ -22,8 +22,8 @@ CASE = "CB20261124-000001"
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seeded]:
-    made = seeded(tmp_path_factory.mktemp("site"))
+def site(tmp_path_factory: pytest.TempPathFactory, shared_database: str) -> Iterator[Seeded]:
+    made = seeded(tmp_path_factory.mktemp("site"), shared_database)
     made.seed_night()
     made.beat()
     with process(made.layout, "api", ready=made.url + "/healthz"):

@@ -21,12 +21,13 @@ from api.assets.importing import Result, read_import, sources_of
 from citybrain.cli import Subcommand, emit
 from citybrain.clock import from_iso, iso, monotonic_s, wait_s
 from citybrain.config import duration_ms
-from citybrain.counters import read_heartbeats
+from citybrain.counters import read_heartbeats, takes_of
+from citybrain.db.place import add_database, layout_of
 from citybrain.db.schema import commands, orders
-from citybrain.db.store import open_store, refusals
+from citybrain.db.store import exists, open_store, refusals
 from citybrain.errors import EXIT_CONFIG, EXIT_FAILED, NotFound, UsageError
 from citybrain.i18n import text
-from citybrain.layout import Layout, Run, blob_name
+from citybrain.layout import Run, blob_name
 from citybrain.mailbox import Command, Mailbox
 from citybrain.orders import WHATS
 from citybrain.storage import OS_FILES
@@ -40,17 +41,17 @@ class Desk:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.layout = Layout(args.data)
+        self.layout = layout_of(args)
         self.run: Run = self.layout.read_run()
         self.now_ms = self.run.clock.now_ms()
 
     @contextmanager
     def database(self) -> Iterator[Connection | None]:
         """Give a read-only connection, None while there is no database."""
-        if not self.layout.database.exists():
+        if not exists(self.layout.place):
             yield None
             return
-        store = open_store(self.layout.database, readonly=True)
+        store = open_store(self.layout.place, readonly=True)
         try:
             with refusals(store), store.connect() as connection:
                 yield connection
@@ -88,7 +89,7 @@ class Desk:
             wait_s(POLL_S)
 
     def _decided(self, id: str) -> tuple[str, str]:
-        live = any(beat.process == "desk" for beat in read_heartbeats(self.layout.run))
+        live = any(takes_of(beat.process, 1)[0] == "desk" for beat in read_heartbeats(self.layout.run))
         until_s = monotonic_s() + (self.args.wait if live else 0.0)
         while True:
             with self.database() as connection:
@@ -348,6 +349,7 @@ CHANGING = frozenset(ACTIONS) - {"list", "show", "history", "quarantine", "regis
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_database(parser)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     made = {name: actions.add_parser(name) for name in ACTIONS}
     for name, one in made.items():

@@ -7,14 +7,13 @@ from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, Table, inspect, select
-from sqlalchemy.dialects.sqlite import insert
 
 from api.assets import book as books
 from api.assets.book import Asset, Book, Register, Sensor, book_of
 from api.assets.changes import TABLES, Changes, key_of
 from api.ledger import Ledger, text
 from citybrain.db.schema import assets, meta, organisation, registers, sensors
-from citybrain.db.store import open_store
+from citybrain.db.store import exists, open_store, reading, upsert
 from citybrain.layout import Layout
 from citybrain.model import Area, Cell, Gateway, Registry, Road, Unit
 
@@ -39,11 +38,11 @@ def version_of(connection: Connection) -> int:
 
 def ledger_version(layout: Layout) -> int:
     """Return the ledger's version, 0 where nothing was ever entered or there is no database."""
-    if not layout.database.exists():
+    if not exists(layout.place):
         return 0
-    store = open_store(layout.database, readonly=True)
+    store = open_store(layout.place, readonly=True)
     try:
-        with store.connect() as connection:
+        with reading(store) as connection:
             return version_of(connection) if inspect(connection).has_table(meta.name) else 0
     finally:
         store.dispose()
@@ -136,9 +135,7 @@ def _put(ledger: Ledger, table: Table, rows: list[dict[str, Any]], keys: tuple[s
     """Insert rows, or change those that are there by their keys."""
     if not rows:
         return
-    statement = insert(table)
-    columns = {name: statement.excluded[name] for name in rows[0] if name not in keys}
-    ledger.connection.execute(statement.on_conflict_do_update(index_elements=list(keys), set_=columns), rows)
+    ledger.connection.execute(upsert(ledger.connection.dialect.name, table, tuple(rows[0]), keys), rows)
 
 
 def _asset_row(asset: Asset, book: Book) -> dict[str, Any]:

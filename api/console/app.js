@@ -169,7 +169,7 @@ function pipeline(status) {
       + (outbox.dead ? ` · ${t("status.dead", { count: outbox.dead })}` : "")));
   const processes = element("dl");
   for (const [name, process] of Object.entries(status.processes)) {
-    const words = element("dd", "", element("span", process.ready ? "good" : "bad", how(process)),
+    const words = element("dd", "", element("span", process.ready || (process.live && process.standby) ? "good" : "bad", how(process)),
       ` · ${t("process.age", { seconds: process.age_s })}`,
       process.restarts ? ` · ${t("status.restarts", { count: process.restarts })}` : "");
     processes.append(element("dt", "", name), words);
@@ -178,6 +178,7 @@ function pipeline(status) {
 }
 
 function how(process) {
+  if (process.live && process.standby) return t("process.standby");
   return t(process.ready ? "process.ready" : process.live ? "process.live" : "process.silent");
 }
 

@@ -289,6 +289,7 @@ class Process(BaseModel):
     pid: int
     live: bool
     ready: bool
+    standby: bool = Field(description="a desk that waits for the one that works to fall silent")
     age_s: float
     started: int = Field(description="real time, Unix ms")
     restarts: int = Field(description="how often it had to be started again")

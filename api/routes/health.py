@@ -17,7 +17,7 @@ from api import vitals
 from api.disk import Disk
 from api.health import LEVELS, LIMITS, Late, Reason, Stage, judge, level_of
 from api.routes import answers, rows
-from api.site import Here, Problem, Site, not_live, ready, role_of
+from api.site import Here, Problem, Site, not_live, ready, role_of, standing_by
 from api.status import run_name
 from citybrain.clock import real_unix_ms
 from citybrain.counters import BOUNDS_S, Heartbeat
@@ -128,6 +128,7 @@ def processes(beats: Mapping[str, Heartbeat], now_ms: int) -> dict[str, answers.
             pid=beat.pid,
             live=beat.live(now_ms),
             ready=beat.live(now_ms) and ready(beat),
+            standby=standing_by(beat),
             age_s=round((now_ms - beat.at) / 1000, 1),
             started=beat.started,
             restarts=again.get(name, 0),

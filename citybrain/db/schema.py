@@ -24,6 +24,20 @@ from sqlalchemy import (
 metadata = MetaData()
 Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite only counts INTEGER PRIMARY KEY by itself
 
+
+def _number(table: str, name: str = "id") -> Column[int]:
+    """Return a table's own number: one more than the last, in the transaction that writes the row.
+
+    There is one writer, so nobody needs a sequence; and a sequence would leave gaps where a transaction fails, so that
+    a replay of the journal would give other rows.
+    """
+    return Column(name, Id, primary_key=True, default=text(f"(SELECT coalesce(max({name}), 0) + 1 FROM {table})"))
+
+
+# Keys of `meta` that no desk works beside (docs/database.md).
+MOVING = "moving"  # here: a copy from elsewhere has not ended
+MOVED = "moved"  # here: what there was goes on elsewhere
+
 meta = Table(
     "meta",
     metadata,
@@ -54,7 +68,7 @@ consumed = Table(
 journal = Table(
     "journal",
     metadata,
-    Column("n", Id, primary_key=True),
+    _number("journal", "n"),
     Column("at", BigInteger, nullable=False),  # the `now` of this input's decisions
     Column("source", String, nullable=False),  # registry | transition | command | timer | delivery
     Column("shard", Integer),
@@ -65,7 +79,7 @@ journal = Table(
 alarms = Table(
     "alarms",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("alarms"),
     Column("rule", String, nullable=False),
     Column("ruleset", String, nullable=False),
     Column("subject", String, nullable=False),
@@ -108,7 +122,7 @@ alarms = Table(
 incidents = Table(
     "incidents",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("incidents"),
     Column("state", String, nullable=False),  # streams.incidents.INCIDENT
     Column("open", Integer, nullable=False),
     Column("kind", String, nullable=False, server_default="case"),  # case | maintenance; they never mix
@@ -136,7 +150,7 @@ incidents = Table(
 cases = Table(
     "cases",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("cases"),
     Column("number", String, nullable=False, unique=True),
     Column("kind", String, nullable=False),  # case | rescue | maintenance
     Column("incident", BigInteger, ForeignKey("incidents.id"), nullable=False),
@@ -190,7 +204,7 @@ cases = Table(
 timeline = Table(
     "timeline",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("timeline"),
     Column("at", BigInteger, nullable=False),
     Column("entity", String, nullable=False),  # alarm | incident | case | asset | register
     Column("entity_id", BigInteger, nullable=False),
@@ -219,6 +233,7 @@ outbox = Table(
     Column("delivered_at", BigInteger),
     Column("last_error", String),
     Index("outbox_due", "state", "next_at"),
+    Index("outbox_by_case", "case_id"),
 )
 
 commands = Table(
@@ -232,7 +247,6 @@ commands = Table(
     Column("result", String, nullable=False),  # applied | refused
     Column("message", String, nullable=False),
     Column("reason", String, nullable=False),
-    UniqueConstraint("id"),
 )
 
 # --- the ledger (台账): docs/ledger.md. Its version stands in `meta`; every row is also in the change that brought it.
@@ -240,7 +254,7 @@ commands = Table(
 assets = Table(
     "assets",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("assets"),
     Column("code", String, nullable=False, unique=True),
     Column("kind", String, nullable=False),
     Column("name", String, nullable=False),
@@ -267,7 +281,7 @@ assets = Table(
 sensors = Table(
     "sensors",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("sensors"),
     Column("sensor", String, nullable=False),  # its name on the wire
     Column("asset", String, nullable=False),
     Column("installed_at", BigInteger, nullable=False),
@@ -280,7 +294,7 @@ sensors = Table(
 organisation = Table(
     "organisation",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("organisation"),
     Column("kind", String, nullable=False),  # gateways | units | areas | zones | cells | roads | shapes
     Column("key", String, nullable=False),
     Column("body", Text, nullable=False),  # json of its struct
@@ -291,7 +305,7 @@ organisation = Table(
 registers = Table(
     "registers",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("registers"),
     Column("kind", String, nullable=False),  # use | maintenance
     Column("subject", String, nullable=False),
     Column("rules", Text, nullable=False),  # json
@@ -308,7 +322,7 @@ registers = Table(
 orders = Table(
     "orders",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("orders"),
     Column("command", String, nullable=False, unique=True),  # its id on the wire
     Column("gateway", String, nullable=False),
     Column("what", String, nullable=False),
@@ -326,7 +340,7 @@ orders = Table(
 asked = Table(
     "asked",
     metadata,
-    Column("id", Id, primary_key=True),
+    _number("asked"),
     Column("at", BigInteger, nullable=False),
     Column("kind", String, nullable=False),  # registry | override | order
     Column("body", Text, nullable=False),  # json

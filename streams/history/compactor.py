@@ -14,13 +14,14 @@ from citybrain.clock import DAY_MS, MINUTE_MS
 from citybrain.counters import Counters
 from citybrain.errors import Damaged
 from citybrain.layout import Layout
-from citybrain.segments import Reader, Record, segments
+from citybrain.segments import Record
 from citybrain.storage import OS_FILES, Files
 from streams.history.build import Builder, Built
 from streams.history.manifest import Manifest, Part, history_folder, read_manifest, write_manifest
 from streams.history.merge import group_to_merge, merged
 from streams.history.parts import PartWriter, checksum_of
 from streams.log import FRAME_HEAD, Kind
+from streams.logs import LogStore, SegmentStore
 from streams.registry import Index, decode_registry
 
 PARQUET = ".parquet"
@@ -46,6 +47,7 @@ class Compactor:
         *,
         limits: Limits | None = None,
         files: Files = OS_FILES,
+        logs: LogStore | None = None,
     ) -> None:
         self.shard = shard
         self.folder = history_folder(layout, shard)
@@ -54,7 +56,8 @@ class Compactor:
         self._layout = layout
         self._limits = limits or Limits()
         self._files = files
-        self._reader = Reader(layout.log(shard), files=files)
+        self._logs = logs or SegmentStore(layout, files)
+        self._reader = self._logs.reader("log", shard)
         self._waiting: list[Record] = []
         self._values = 0
         self._indexes: dict[str, Index] = {}
@@ -107,10 +110,9 @@ class Compactor:
         if self.counters.warnings[-1:] != [str(error)]:  # it is tried again and again where nothing is behind it
             self.counters.warn(str(error))
             self.counters.add("errors_total", stage="log")
-        found = segments(self._files, self._layout.log(self.shard))
-        later = [first for first in found if first > self._reader.offset]
+        later = [first for first in self._logs.starts("log", self.shard) if first > self._reader.offset]
         if later:
-            self._reader = Reader(self._layout.log(self.shard), later[0], self._files)
+            self._reader = self._logs.reader("log", self.shard, min(later))
         return bool(later)
 
     def _due(self, now_ms: int, *, force: bool) -> int:
@@ -224,7 +226,7 @@ class Compactor:
         return mended
 
     def _made_anew(self, part: Part) -> list[Part]:
-        reader = Reader(self._layout.log(self.shard), part.first, self._files)
+        reader = self._logs.reader("log", self.shard, part.first)
         state = Manifest(next=part.first, registry=part.registry)
         made: list[Part] = []
         while state.next < part.next:

@@ -26,6 +26,7 @@ from streams.history.gaps import SILENT_MS, union
 from streams.history.manifest import Gap, Manifest, Part, history_folder, read_manifest
 from streams.history.parts import checksum_of
 from streams.history.tail import Tail
+from streams.logs import LogStore
 from streams.registry import Index, decode_registry
 
 if TYPE_CHECKING:
@@ -107,10 +108,10 @@ class Found(NamedTuple):
 class History:
     """All shards' history for one reading process. Methods may be called by several threads; raises StorageError."""
 
-    def __init__(self, layout: Layout, shards: int) -> None:
+    def __init__(self, layout: Layout, shards: int, logs: LogStore | None = None) -> None:
         self._layout = layout
         self._indexes: dict[str, Index] = {}
-        self._tails = [Tail(layout, shard, self.index) for shard in range(shards)]
+        self._tails = [Tail(layout, shard, self.index, logs) for shard in range(shards)]
         self._charts, self._exports = (threading.BoundedSemaphore(AT_ONCE) for _ in range(2))
         self._opening = threading.Lock()
         self._database: duckdb.DuckDBPyConnection | None = None

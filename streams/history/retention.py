@@ -106,17 +106,17 @@ def _desk_needs(layout: Layout, shard: int, files: Files, most: int) -> int:
     from sqlalchemy import select  # noqa: PLC0415  30 MB that only retention needs
 
     from citybrain.db.schema import consumed  # noqa: PLC0415
-    from citybrain.db.store import open_store  # noqa: PLC0415
+    from citybrain.db.store import open_store, reading  # noqa: PLC0415
 
     try:
-        store = open_store(layout.database, readonly=True)
-    except CityBrainError:  # no desk has ever run here: everything waits for it
+        store = open_store(layout.place, readonly=True)
+        try:
+            with reading(store) as connection:
+                row = connection.execute(select(consumed).where(consumed.c.shard == shard)).mappings().first()
+        finally:
+            store.dispose()
+    except CityBrainError:  # no desk has ever run here, or its database is away: everything waits for it
         return 0
-    try:
-        with store.connect() as connection:
-            row = connection.execute(select(consumed).where(consumed.c.shard == shard)).mappings().first()
-    finally:
-        store.dispose()
     if row is None:
         return 0
     return most if row["offset"] >= written else max(int(row["source"]), 0)

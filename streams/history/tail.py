@@ -15,12 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from citybrain.layout import Layout
-from citybrain.segments import Reader, Record
+from citybrain.segments import Record
 from streams.history.build import beats, open_frame, registry_of
 from streams.history.columns import Series
 from streams.history.gaps import Gaps
 from streams.history.manifest import Gap, Manifest
 from streams.log import F64, I64, U32, Kind
+from streams.logs import LogStore, SegmentStore
+from streams.logs import records as records_of
 from streams.registry import METRIC_INDEX, Index
 
 MOST_BYTES = 32 * 1024 * 1024  # a shard; the compactor leaves a few MB, unless it is down
@@ -47,14 +49,15 @@ class Newest(NamedTuple):
 class Tail:
     """One shard's tail. `load` returns the index of a registry by its hash. May be used by several threads."""
 
-    def __init__(self, layout: Layout, shard: int, load: Callable[[str], Index]) -> None:
-        self._folder = layout.log(shard)
+    def __init__(self, layout: Layout, shard: int, load: Callable[[str], Index], logs: LogStore | None = None) -> None:
+        self._shard = shard
+        self._logs = logs or SegmentStore(layout)
         self._load = load
         self._lock = threading.Lock()
         self._held: dict[tuple[str, int], deque[Record]] = {}  # frames, by registry and gateway number there
         self._bytes = 0
         self._registry = ""
-        self._reader = Reader(self._folder)  # kept: a new one would begin at its segment's beginning
+        self._reader = self._logs.reader("log", shard)  # kept: a new one would begin at its segment's beginning
 
     @property
     def registry(self) -> str:
@@ -74,7 +77,8 @@ class Tail:
             found = [Held(key[0], record) for key, records in kept for record in records]
         found.sort(key=lambda held: held.record.offset)
         if more:
-            rest = ((held, _gateway(held.record)) for held in _numbered(Reader(self._folder, offset), registry))
+            following = records_of(self._logs.reader("log", self._shard, offset))
+            rest = ((held, _gateway(held.record)) for held in _numbered(following, registry))
             found += [held for held, gateway in rest if gateway >= 0 and gateway in gateways(held.registry)]
         return found
 

@@ -28,6 +28,7 @@ from citybrain.errors import Unavailable, UsageError
 from citybrain.layout import Layout, Run
 from citybrain.storage import OS_FILES
 from streams.runtimes.broker import broker_command, mosquitto
+from streams.runtimes.stores import add_arguments, words_of
 from streams.runtimes.supervisor import Part, Say, Supervisor
 
 KEYS = ("platform.key", "verdict.key")  # what we sign with, what the grid platform signs with
@@ -161,8 +162,12 @@ def decide(args: argparse.Namespace, layout: Layout, say: Say) -> Run:
     workers = args.workers if args.workers is not None else usual_workers(shards, os.cpu_count() or 1)
     if not 1 <= workers <= shards:
         raise UsageError(f"--workers {workers}: expected 1..{shards}, one shard each at least")
+    logs = last.logs if args.log is None else words_of(args)
+    if not first and bool(logs) != bool(last.logs):
+        was = "in Kafka" if last.logs else "in the data folder"
+        raise UsageError(f"{layout.root}: made with its logs {was}, where they stay; give another --data")
     return msgspec.structs.replace(
-        last, clock=clock, seed=seed, api_host=api_host, workers=workers, size=size, shards=shards, **ports
+        last, clock=clock, seed=seed, api_host=api_host, workers=workers, size=size, shards=shards, logs=logs, **ports
     )
 
 
@@ -196,12 +201,14 @@ def parts_of(layout: Layout, run: Run, *, simulate: bool) -> list[Part]:
     parts = [
         Part("broker", broker, port=run.mqtt_port, heartbeat=installed is None, wave=2),
         Part("migrate", own("migrate"), once=True),
-        Part("ingest", own("ingest"), proof="connected", least=1.0, wave=1),
-        *(Part(name, own("worker", *which), proof="lag_s", wave=1) for name, which in workers_of(run)),
-        Part("history", own("history"), proof="history_lag_s", wave=1),
-        Part("desk", own("desk"), after=("migrate",), proof="lag_s", wave=1),
-        Part("api", own("api"), after=("migrate",), port=run.api_port, wave=1),
+        Part("ingest", own("ingest", *run.logs), proof="connected", least=1.0, wave=1),
+        *(Part(name, own("worker", *which, *run.logs), proof="lag_s", wave=1) for name, which in workers_of(run)),
+        Part("history", own("history", *run.logs), proof="history_lag_s", wave=1),
+        Part("desk", own("desk", *run.logs), after=("migrate",), proof="lag_s", wave=1),
+        Part("api", own("api", *run.logs), after=("migrate",), port=run.api_port, wave=1),
     ]
+    if (layout.root / "influx.yaml").exists():
+        parts.append(Part("influx", own("influx"), proof="influx_lag_s", wave=1))
     agreed = layout.clouds / "simulated.yaml" if simulate else layout.root / "clouds.yaml"
     if simulate or agreed.exists():
         cloud = own("cloud", "--config", str(agreed))
@@ -281,6 +288,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--shards", type=int, metavar="N", help="partitions of the log, at the first start (default: 2)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="engines that share the shards (default: by cores)")
+    add_arguments(parser)
+    parser.set_defaults(log=None)  # as in the last run
     for field, name in PORTS.items():
         help_ = f"loopback port of {name} (default: the last run's, or {getattr(DEFAULTS, field)} if it is free)"
         parser.add_argument("--" + field.replace("_", "-"), type=int, metavar="N", help=help_)

@@ -19,6 +19,7 @@ from citybrain.cli import Subcommand, emit
 from citybrain.clock import DAY_MS, Clock, iso, monotonic_s, wait_s
 from citybrain.config import duration_text
 from citybrain.counters import Counters
+from citybrain.db.place import add_database, layout_of
 from citybrain.errors import Damaged, DiskFull, Unavailable
 from citybrain.layout import Layout
 from citybrain.mailbox import Mailbox
@@ -35,6 +36,8 @@ from streams.history.retention import (
     removable_parts,
     remove_segments,
 )
+from streams.logs import LogStore
+from streams.runtimes.stores import Place, add_arguments, open_place
 
 IDLE_S = 0.5
 FULL_S = 2.0  # how long to wait for room on a full disk
@@ -61,11 +64,17 @@ class HistoryProcess:
     """The loop over all shards. `run` returns when `stop` has been called."""
 
     def __init__(
-        self, layout: Layout, shards: Sequence[int], clock: Clock, retention: Retention, limits: Limits | None = None
+        self,
+        layout: Layout,
+        shards: Sequence[int],
+        clock: Clock,
+        retention: Retention,
+        limits: Limits | None = None,
+        logs: LogStore | None = None,
     ) -> None:
         self.layout = layout
         self.counters = Counters("history", layout.run)
-        self.compactors = [Compactor(layout, shard, self.counters, limits=limits) for shard in shards]
+        self.compactors = [Compactor(layout, shard, self.counters, limits=limits, logs=logs) for shard in shards]
         self.retention = retention
         self._clock = clock
         self._mailbox = Mailbox(layout.mailbox(MAILBOX))
@@ -216,15 +225,14 @@ def check(compactor: Compactor, counters: Counters, file: str = "") -> list[str]
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
-def shard_status(layout: Layout, shard: int, manifest: Manifest) -> dict[str, Any]:
+def shard_status(place: Place, shard: int, manifest: Manifest) -> dict[str, Any]:
     """Return how a shard's history stands."""
     parts = manifest.parts
     values, size = sum(part.values for part in parts), sum(part.bytes for part in parts)
-    log = OS_FILES.marked(layout.log(shard) / "committed")
-    holding = needed(layout, shard, manifest)
+    holding = needed(place.layout, shard, manifest)
     return {
         "next": manifest.next,
-        "behind": max(log - manifest.next, 0),
+        "behind": max(place.logs.end("log", shard) - manifest.next, 0),
         "parts": len(parts),
         "values": values,
         "bytes": size,
@@ -238,20 +246,22 @@ def shard_status(layout: Layout, shard: int, manifest: Manifest) -> dict[str, An
     }
 
 
-def _status(layout: Layout, shards: Sequence[int], args: argparse.Namespace) -> int:
+def _status(place: Place, shards: Sequence[int], args: argparse.Namespace) -> int:
+    layout = place.layout
     retention = read_retention(layout)
     kept = {name: duration_text(getattr(retention, name)) for name in retention.__struct_fields__}
-    found = {str(shard): shard_status(layout, shard, read_manifest(history_folder(layout, shard))) for shard in shards}
+    found = {str(shard): shard_status(place, shard, read_manifest(history_folder(layout, shard))) for shard in shards}
     emit({"retention": kept, "shards": found}, as_json=args.json)
     return 0
 
 
-def _compact(layout: Layout, shards: Sequence[int], args: argparse.Namespace) -> int:
+def _compact(place: Place, shards: Sequence[int], args: argparse.Namespace) -> int:
+    layout = place.layout
     counters, now_ms = Counters("history"), layout.read_run().clock.now_ms()
     began_s = monotonic_s()
     with lock(layout):
         for shard in shards:
-            compactor = Compactor(layout, shard, counters)
+            compactor = Compactor(layout, shard, counters, logs=place.logs)
             compactor.start()
             while compactor.step(now_ms, force=True):
                 _progress(f"shard {shard}: offset {compactor.manifest.next}")
@@ -277,10 +287,11 @@ def _progress(text: str) -> None:
         sys.stderr.write(f"\r\033[K{text}")
 
 
-def _verify(layout: Layout, shards: Sequence[int], args: argparse.Namespace) -> int:
+def _verify(place: Place, shards: Sequence[int], args: argparse.Namespace) -> int:
     """Check every file; what is damaged is set aside and made anew here, or by the process that has the history."""
+    layout = place.layout
     counters = Counters("history")
-    compactors = [Compactor(layout, shard, counters) for shard in shards]
+    compactors = [Compactor(layout, shard, counters, logs=place.logs) for shard in shards]
     wrong: list[str] = []
     try:
         with lock(layout):
@@ -305,9 +316,11 @@ def _report(layout: Layout, compactor: Compactor) -> list[str]:
     return found
 
 
-def _serve(layout: Layout, shards: Sequence[int], args: argparse.Namespace) -> int:
+def _serve(place: Place, shards: Sequence[int], args: argparse.Namespace) -> int:
+    layout = place.layout
     with lock(layout):
-        process = HistoryProcess(layout, shards, layout.read_run().clock, read_retention(layout))
+        clock, retention = layout.read_run().clock, read_retention(layout)
+        process = HistoryProcess(layout, shards, clock, retention, logs=place.logs)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, process.stop)
         os.nice(NICE)
@@ -327,12 +340,15 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="serve (default): make Parquet of the log as it grows; status: how the history stands; "
         "compact: do all there is to do now, and end; verify: check every file",
     )
+    add_database(parser)
+    add_arguments(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
-    layout = Layout(args.data)
+    layout = layout_of(args)
     layout.make()
-    return ACTIONS[args.action](layout, range(layout.read_run().shards), args)
+    shards = layout.read_run().shards
+    return ACTIONS[args.action](open_place(args, layout, shards), range(shards), args)
 
 
 command = Subcommand("keep the history: Parquet of the log, for charts and exports", _arguments, _run)

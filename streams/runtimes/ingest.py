@@ -7,10 +7,12 @@ longer a sync takes, the more messages share the next one.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import signal
 import ssl
 from collections.abc import Sequence
 from types import FrameType
+from typing import IO
 
 from citybrain.cli import Subcommand
 from citybrain.clock import monotonic_s, wait_s
@@ -68,6 +70,18 @@ def control_of(command: Command, now_ms: int) -> Control:
     raise ConfigError(where, "expected one of registry, ruleset, override")
 
 
+def take_shard(layout: Layout, role: str, shard: int) -> IO[str]:
+    """Take a shard for this process alone, until it ends; raises Unavailable where another of its role has it."""
+    path = layout.run / f"{role}-shard-{shard}.lock"
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise Unavailable(f"{path}: another {role} has shard {shard}; stop it, or give other --shards") from None
+    return file
+
+
 class IngestProcess:
     """The loop around `Ingest`. `run` returns when `stop` has been called."""
 
@@ -108,7 +122,18 @@ class IngestProcess:
         self._stopping = True
 
     def run(self) -> None:
-        """Recover, then serve until stopped; raises StorageError where the disk fails."""
+        """Recover, then serve until stopped; raises StorageError where the disk fails.
+
+        Raises Unavailable where another ingest has one of the shards: two would spoil the quarantine that they share.
+        """
+        taken = [take_shard(self.layout, "ingest", shard) for shard in self.shards]
+        try:
+            self._serve()
+        finally:
+            for file in taken:
+                file.close()
+
+    def _serve(self) -> None:
         self.counters.resume()
         for beat in read_heartbeats(self.layout.run):
             if beat.process == self.counters.process:

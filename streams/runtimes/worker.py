@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import signal
 from collections import Counter, deque
 from collections.abc import Sequence
 from types import FrameType
-from typing import IO, Protocol
+from typing import Protocol
 
 import msgspec
 
 from citybrain.cli import Subcommand
 from citybrain.clock import monotonic_s, wait_s
 from citybrain.counters import Counters, process_name
-from citybrain.errors import DiskFull, StorageError, Unavailable, UsageError
+from citybrain.errors import DiskFull, StorageError, UsageError
 from citybrain.layout import Layout, Run
 from citybrain.model import Transition
 from citybrain.segments import Record
 from citybrain.storage import OS_FILES, Files
 from streams.log import Kind, decode_transition
 from streams.logs import LogStore, SegmentStore, records
-from streams.runtimes.ingest import parse_shards
+from streams.runtimes.ingest import parse_shards, take_shard
 from streams.runtimes.snapshots import Saver, restored_engine
 from streams.runtimes.stores import Place, add_arguments, open_place
 from streams.warm import warm_engine
@@ -44,9 +43,8 @@ DROPPED = ("late", "inactive", "foreign", "malformed")
 
 def last_written(logs: LogStore, shard: int) -> tuple[int, int]:
     """Return (source, index) of the last transition in the transition log, (-1, -1) where there is none."""
-    for first in reversed(logs.starts("transitions", shard)):
-        found = records(logs.reader("transitions", shard, first))
-        last = deque((record for record in found if record.kind == Kind.TRANSITION), 1)
+    for first in logs.starts("transitions", shard):
+        last = deque(records(logs.reader("transitions", shard, first)), 1)
         if last:
             transition = decode_transition(last[0].payload)
             return transition.source, transition.index
@@ -194,18 +192,6 @@ class ShardWorker:
         self._saving = None
 
 
-def take_shard(layout: Layout, shard: int) -> IO[str]:
-    """Take a shard for this process alone, until it ends; raises Unavailable where another worker has it."""
-    path = layout.run / f"shard-{shard}.lock"
-    file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise Unavailable(f"{path}: another worker has shard {shard}; stop it, or give other --shards") from None
-    return file
-
-
 class WorkerProcess:
     """The loop over all shards of this process. `run` returns when `stop` has been called.
 
@@ -220,7 +206,7 @@ class WorkerProcess:
         snapshot_s: float = SNAPSHOT_S,
         logs: LogStore | None = None,
     ) -> None:
-        self._taken = [take_shard(layout, shard) for shard in shards]
+        self._taken = [take_shard(layout, "worker", shard) for shard in shards]
         self.counters = Counters(process_name("worker", shards, run.shards), layout.run)
         self.shards = [ShardWorker(shard, layout, self.counters, snapshot_s, logs=logs) for shard in shards]
         self._clock = run.clock

@@ -17,7 +17,7 @@ COMPARED = 64  # ingest forgets a checksum once the message so much later is tak
 
 
 class Sent(msgspec.Struct, frozen=True):
-    """A message on the wire. `body` stands for its bytes, and for their checksum."""
+    """A message on the wire. `body` stands for its bytes, and for their checksum. With `seq < floor` it only asks."""
 
     epoch: int
     seq: int
@@ -55,7 +55,7 @@ def take(ingest: Ingest, message: Sent) -> tuple[Ingest, Answer | None]:
     positions = dict(ingest.expected)
     known = message.epoch in positions
     expected = positions.get(message.epoch, message.floor)
-    if message.seq < expected:
+    if message.floor <= message.seq < expected:
         taken = {logged.seq: logged.body for logged in ingest.log if logged.epoch == message.epoch}
         known_as = taken.get(message.seq) if message.seq + COMPARED not in taken else None
         if known_as is not None and known_as != message.body:
@@ -83,18 +83,24 @@ def recovered(ingest: Ingest) -> Ingest:
 class Gateway(msgspec.Struct, frozen=True):
     """A gateway's lane: what is on its disk (bodies by seq, floor, epoch) and what its process knows.
 
-    sent: highest seq sent in this epoch, or possibly so by an earlier process. ask: the message to repeat before
-    anything else is sent; 0 none. high: highest seq sent by this process since it last rewound. readable: the lowest
-    seq whose message is still on the disk.
+    sent: highest seq sent in this epoch, or possibly so by an earlier process. asking: nothing else is sent before
+    ingest says where it stands; compare: which message to ask with, because ingest says that it has it; asked: the seq
+    that was asked with, -1 none since the last rewind. high: highest seq sent by this process since it last rewound.
+    readable: the lowest seq whose message is still on the disk. begins: the floor this epoch began with. draws: what
+    the next epoch is more than this one, so that a copy of the card never draws the same.
     """
 
     epoch: int = 1
     bodies: tuple[str, ...] = ()
     floor: int = 1
     sent: int = 0
-    ask: int = 0
+    asking: bool = False
+    compare: int = 0
+    asked: int = -1
     high: int = 0
     readable: int = 1
+    begins: int = 1
+    draws: int = 10
 
 
 def commit(gateway: Gateway, body: str) -> Gateway:
@@ -103,24 +109,36 @@ def commit(gateway: Gateway, body: str) -> Gateway:
 
 
 def message(gateway: Gateway, seq: int) -> Sent:
-    return Sent(gateway.epoch, seq, min(gateway.floor, seq), gateway.bodies[seq - 1])
+    return Sent(gateway.epoch, seq, gateway.floor, gateway.bodies[seq - 1])
+
+
+def question(gateway: Gateway) -> Sent:
+    """Return what asks where ingest stands: an old message that is not acknowledged, or none."""
+    if gateway.compare >= gateway.floor:
+        return message(gateway, gateway.compare)
+    if gateway.floor <= gateway.sent:
+        return message(gateway, gateway.floor)
+    return Sent(gateway.epoch, gateway.floor - 1, gateway.floor, "")
 
 
 def sendable(gateway: Gateway) -> Sent | None:
     """Return what may be sent next: the question, or the next message inside the window."""
-    if gateway.ask:
-        return message(gateway, gateway.ask) if gateway.high == 0 and gateway.ask <= len(gateway.bodies) else None
+    if gateway.asking:
+        return question(gateway) if gateway.asked < 0 else None
     seq = max(gateway.high + 1, gateway.floor)
     return message(gateway, seq) if seq <= len(gateway.bodies) and seq < gateway.floor + WINDOW else None
 
 
 def sent(gateway: Gateway, seq: int) -> Gateway:
-    return msgspec.structs.replace(gateway, high=seq, sent=max(gateway.sent, seq))
+    known = max(gateway.sent, seq)
+    if gateway.asking:
+        return msgspec.structs.replace(gateway, asked=seq, sent=known)
+    return msgspec.structs.replace(gateway, high=seq, sent=known)
 
 
 def rewind(gateway: Gateway) -> Gateway:
     """Time out, or connect again."""
-    return msgspec.structs.replace(gateway, high=0)
+    return msgspec.structs.replace(gateway, high=0, asked=-1)
 
 
 def answered(gateway: Gateway, answer: Answer) -> Gateway:
@@ -130,41 +148,43 @@ def answered(gateway: Gateway, answer: Answer) -> Gateway:
         return gateway
     if answer.seq > gateway.sent:
         return renumbered(gateway)
-    if not gateway.ask:
+    if not gateway.asking:
         return change(gateway, floor=max(gateway.floor, answer.seq + 1))
-    if not gateway.high:
+    if gateway.asked < 0:
         return gateway
-    if answer.seq == gateway.ask:
-        return change(gateway, floor=max(gateway.floor, answer.seq + 1), ask=0, high=0)
-    return change(gateway, ask=answer.seq if answer.seq >= gateway.floor else 0, high=0)
+    if answer.seq != gateway.asked and answer.seq >= gateway.floor:
+        return change(gateway, compare=answer.seq, asked=-1)
+    return change(gateway, floor=max(gateway.floor, answer.seq + 1), asking=False, compare=0, asked=-1)
 
 
 def renumbered(gateway: Gateway) -> Gateway:
     """Begin a new epoch: what is unsent keeps its seqs."""
-    return Gateway(gateway.epoch + 10, gateway.bodies, gateway.floor, readable=gateway.readable)
+    return Gateway(
+        gateway.epoch + gateway.draws, gateway.bodies, gateway.floor, readable=gateway.readable, begins=gateway.floor,
+        draws=gateway.draws,
+    )  # fmt: skip
 
 
 def restarted(gateway: Gateway) -> Gateway:
-    """Start a new process on the same disk; it asks with what the old one wrote."""
-    last = len(gateway.bodies)
-    ask = gateway.floor if gateway.floor <= last else last or 1
-    after = Gateway(gateway.epoch, gateway.bodies, gateway.floor, last, ask, 0, gateway.readable)
-    return asking(after)
+    """Start a new process on the same disk."""
+    change = msgspec.structs.replace
+    return change(gateway, sent=len(gateway.bodies), asking=True, compare=0, asked=-1, high=0)
 
 
-def asking(gateway: Gateway) -> Gateway:
-    """Ask with another message where that one is gone; where nothing old is left, begin a new epoch."""
-    if not gateway.ask or not gateway.sent or gateway.readable <= gateway.ask <= gateway.sent:
-        return gateway
-    if gateway.floor <= gateway.sent:
-        return msgspec.structs.replace(gateway, ask=gateway.floor, high=0)
-    return renumbered(gateway)
+def powerless(gateway: Gateway) -> Gateway:
+    """Start after a power loss: the mark of the floor is lost, not what is synced with the epoch."""
+    return restarted(msgspec.structs.replace(gateway, floor=max(gateway.begins, gateway.readable)))
+
+
+def moved(gateway: Gateway) -> Gateway:
+    """Start in another board."""
+    return renumbered(restarted(gateway))
 
 
 def evicted(gateway: Gateway) -> Gateway:
     """Lose the oldest message that is not acknowledged, and all before it."""
     floor = min(gateway.floor + 1, len(gateway.bodies) + 1)
-    return asking(msgspec.structs.replace(gateway, floor=floor, readable=floor))
+    return msgspec.structs.replace(gateway, floor=floor, readable=floor)
 
 
 # --- every way it can go ----------------------------------------------------------------------------------------
@@ -208,7 +228,7 @@ def _steps(world: World, messages: int, accidents: int) -> Iterator[World]:
         yield change(world, gateway=commit(gateway, body))
     if (out := sendable(gateway)) is not None:
         yield change(world, gateway=sent(gateway, out.seq), up=world.up | {out})
-    if gateway.high:
+    if gateway.high or gateway.asked >= 0:
         yield change(world, gateway=rewind(gateway))
     for out in world.up:
         ingest, answer = take(world.ingest, out)
@@ -223,19 +243,20 @@ def _accidents(world: World) -> Iterator[World]:
     change = msgspec.structs.replace
     gateway = world.gateway
     yield change(world, ingest=recovered(world.ingest))
-    if not (world.restored and gateway.ask):  # docs/wire.md names what a second start before the answer may cost
+    if not (world.restored and gateway.asking):  # docs/wire.md names what a second start before the answer may cost
         yield change(world, gateway=restarted(gateway))
+        yield change(world, gateway=powerless(gateway))
+    if gateway.epoch == 1:  # once is enough, and each more multiplies the states
+        yield change(world, gateway=moved(gateway))
     if gateway.floor <= len(gateway.bodies):
         yield change(world, gateway=evicted(gateway), gone=world.gone | {gateway.bodies[gateway.floor - 1]})
     if world.copy is None:
-        if gateway.bodies:  # with nothing on the copy there is nothing to compare, only numbers
-            yield change(world, copy=gateway)
+        yield change(world, copy=gateway)
     elif not world.restored:
         # the card comes back as it was; by then nothing of the old connection is under way
         old = frozenset(gateway.bodies[len(world.copy.bodies) :])
-        yield change(
-            world, gateway=restarted(world.copy), restored=True, gone=world.gone | old, up=frozenset(), down=frozenset()
-        )
+        card = restarted(change(world.copy, draws=1))
+        yield change(world, gateway=card, restored=True, gone=world.gone | old, up=frozenset(), down=frozenset())
 
 
 def drained(world: World) -> World:

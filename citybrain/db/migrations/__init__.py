@@ -6,10 +6,10 @@ from pathlib import Path
 
 from sqlalchemy import Engine, inspect, text
 
-from citybrain.db.store import refusals, writing
+from citybrain.db.store import named, refusals, writing
 from citybrain.errors import StorageError
 
-HEAD = "0004"  # the newest revision in versions/; a test holds it there
+HEAD = "0005"  # the newest revision in versions/; a test holds it there
 FOLDER = Path(__file__).parent
 
 
@@ -34,7 +34,7 @@ def upgrade(engine: Engine) -> str | None:
     known = {path.name.split("_")[0] for path in (FOLDER / "versions").glob("[0-9]*.py")}
     if before is not None and before not in known:
         raise StorageError(
-            f"{engine.url.database}: schema {before} is newer than this program's ({HEAD}); "
+            f"{named(engine)}: schema {before} is newer than this program's ({HEAD}); "
             "start the version that wrote it, or restore a backup"
         )
     # imported here: a desk whose schema is up to date needs neither the time nor the memory
@@ -44,6 +44,8 @@ def upgrade(engine: Engine) -> str | None:
     config = Config()
     config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
     with writing(engine) as connection:
+        if engine.dialect.name == "postgresql":  # of several that start at once, one does it
+            connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('citybrain schema'))"))
         config.attributes["connection"] = connection
         command.upgrade(config, HEAD)
     return before

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import faust
 
@@ -25,13 +25,15 @@ from citybrain.counters import Counters
 from citybrain.errors import CityBrainError, Overtaken
 from citybrain.layout import Run
 from citybrain.segments import Record
-from streams.runtimes.kafka.store import KafkaStore, unpack
+from streams.runtimes.kafka.access import faust_credentials
+from streams.runtimes.kafka.parcels import opened
+from streams.runtimes.kafka.store import KafkaStore
 from streams.runtimes.stores import Place
 from streams.runtimes.worker import ShardWorker, publish
 from streams.warm import warm_engine
 
 GROUP = "citybrain-worker"
-MOST_RECORDS = 2000  # of one batch: at 8 KiB a record about 16 MiB
+MOST_PARCELS = 32  # of one batch: at most 16 MiB, as a rule much less
 WITHIN_S = 0.02  # how long Faust gathers a batch that is not full; it is added to every delay
 SETTINGS: dict[str, Any] = {
     "store": "memory://",
@@ -40,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "web_enabled": False,
     "autodiscover": False,
     "stream_wait_empty": False,  # we acknowledge late on purpose; a rebalance must not wait for it
-    "stream_buffer_maxsize": 2 * MOST_RECORDS,
+    "stream_buffer_maxsize": 2 * MOST_PARCELS,
     "broker_commit_interval": 1.0,
     "broker_commit_livelock_soft_timeout": 3600.0,  # between two snapshots nothing is committed: that is no livelock
     "consumer_max_fetch_size": 8 * 1024 * 1024,
@@ -50,18 +52,36 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+class Brought(NamedTuple):
+    """What Faust brought: its event, and the log records in it; none where the parcel does not count."""
+
+    event: Any
+    records: list[Record]
+
+    @property
+    def next(self) -> int:
+        """The log offset behind the last record."""
+        return self.records[-1].offset + 1 if self.records else 0
+
+
+def unpacked(event: Any) -> Brought:
+    """Return what is in an event; raises Damaged."""
+    parcel = opened(event.message.offset, event.message.value)
+    return Brought(event, [] if parcel is None else parcel.records())
+
+
 class Owned:
     """A shard while it is ours: its worker, and what Faust waits for us to acknowledge."""
 
-    def __init__(self, worker: ShardWorker, unacknowledged: deque[Any]) -> None:
+    def __init__(self, worker: ShardWorker, unacknowledged: deque[Brought]) -> None:
         self.worker = worker
         self.unacknowledged = unacknowledged
 
     def settled(self) -> list[Any]:
         """Take out the events that a snapshot on disk holds."""
         found = []
-        while self.unacknowledged and self.unacknowledged[0].message.offset < self.worker.safe:
-            found.append(self.unacknowledged.popleft())
+        while self.unacknowledged and self.unacknowledged[0].next <= self.worker.safe:
+            found.append(self.unacknowledged.popleft().event)
         return found
 
 
@@ -71,25 +91,28 @@ class Shards:
     def __init__(self, place: Place, counters: Counters, snapshot_s: float) -> None:
         self.owned: dict[int, Owned] = {}
         self.assigned: set[int] = set()
-        self._kept: dict[int, deque[Any]] = {}  # of a shard that is being restored
+        self._kept: dict[int, deque[Brought]] = {}  # of a shard that is being restored
         self._layout, self._logs, self._counters, self._period_s = place.layout, place.logs, counters, snapshot_s
         place.logs.waiting = self._waiting
         self._at_work = -1
 
-    def take(self, shard: int, records: Sequence[Record], events: Iterable[Any]) -> list[Any]:
-        """Take what Faust brought of a shard; return the events that may be acknowledged by now."""
+    def take(self, shard: int, events: Iterable[Any]) -> list[Any]:
+        """Take what Faust brought of a shard; return the events that may be acknowledged by now. Raises Damaged."""
         self._at_work = shard
+        brought = [unpacked(event) for event in events]
+        records = [record for one in brought for record in one.records]
         while shard in self.assigned:
             try:
                 owned = self.owned.get(shard) or self._open(shard)
-                self._fill(owned.worker, records[0].offset)
+                if records:
+                    self._fill(owned.worker, records[0].offset)
                 following = [record for record in records if record.offset >= owned.worker.engine.offset]
                 if following:
                     owned.worker.take(following)
             except Overtaken as error:
                 self._forget(shard, str(error))  # and at once again: these may be the last records for long
                 continue
-            owned.unacknowledged.extend(events)
+            owned.unacknowledged.extend(brought)
             return owned.settled()
         return []  # of before a rebalance: whoever has the shard now gets them
 
@@ -154,6 +177,7 @@ class FaustWorker:
         brokers = ";".join(f"kafka://{one}" for one in address.split(","))
         session: dict[str, Any] = {"broker_session_timeout": session_s, "broker_heartbeat_interval": session_s / 5}
         folder = place.layout.run / f"faust-{name}"
+        session["broker_credentials"] = faust_credentials(place.logs.settings)
         self.app = faust.App(place.logs.prefix + GROUP, broker=brokers, datadir=str(folder), **SETTINGS, **session)
         self._topic = self.app.topic(self._topic_name, value_type=bytes, value_serializer="raw", key_serializer="raw")
         self.app.agent(self._topic, name="detect")(self._detect)
@@ -179,14 +203,13 @@ class FaustWorker:
             raise
 
     async def _serve(self, stream: Any) -> None:
-        async for events in stream.noack_take(MOST_RECORDS, within=WITHIN_S):
+        async for events in stream.noack_take(MOST_PARCELS, within=WITHIN_S):
             by_shard: dict[int, list[Any]] = {}
             for event in events:
                 by_shard.setdefault(event.message.partition, []).append(event)
             for shard, own in by_shard.items():
-                records = [unpack(event.message.offset, event.message.value) for event in own]
                 async with self._lock:
-                    done = await asyncio.to_thread(self.shards.take, shard, records, own)
+                    done = await asyncio.to_thread(self.shards.take, shard, own)
                 self._acknowledge(done)
             self._publish()
 

@@ -15,13 +15,15 @@ from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 from citybrain.counters import Counters
 from citybrain.errors import Overtaken, StorageError, Unavailable
 from citybrain.layout import Run
-from streams.runtimes.kafka.store import CONSUMER, PASSING, KafkaStore, offset_of, unpack
+from streams.runtimes.kafka.parcels import opened
+from streams.runtimes.kafka.partition import CONSUMER, PASSING, offset_of, place_of
+from streams.runtimes.kafka.store import KafkaStore
 from streams.runtimes.stores import Place
 from streams.runtimes.worker import ShardWorker, publish
 from streams.warm import warm_engine
 
 GROUP = "citybrain-worker"
-MOST_RECORDS = 1000  # of one call: at 8 KiB a record 8 MiB
+MOST_PARCELS = 32  # of one call: at most 16 MiB, as a rule much less
 WAIT_S = 0.05
 SESSION_S = 10.0  # who says nothing for so long loses its shards [U: our choice; Kafka's least is 6 s by default]
 
@@ -33,7 +35,7 @@ class GroupWorker:
         assert isinstance(place.logs, KafkaStore)
         self.counters = Counters(name, place.layout.run)
         self.shards: dict[int, ShardWorker] = {}
-        self._place = place
+        self._layout, self._logs = place.layout, place.logs
         self._topic = place.logs.topic("log")
         self._clock = run.clock
         self._period_s = snapshot_s
@@ -64,7 +66,7 @@ class GroupWorker:
 
     def _step(self) -> None:
         by_shard: dict[int, list[Message]] = {}
-        for message in self._consumer.consume(MOST_RECORDS, WAIT_S):
+        for message in self._consumer.consume(MOST_PARCELS, WAIT_S):
             error = message.error()
             if error is None:
                 by_shard.setdefault(message.partition() or 0, []).append(message)
@@ -79,7 +81,8 @@ class GroupWorker:
         worker = self.shards.get(shard)
         if worker is None:
             return
-        records = [unpack(offset_of(message), message.value() or b"") for message in messages]
+        parcels = [opened(offset_of(message), message.value() or b"") for message in messages]
+        records = (record for parcel in parcels if parcel is not None for record in parcel.records())
         following = [record for record in records if record.offset >= worker.engine.offset]
         try:
             if following:
@@ -92,12 +95,11 @@ class GroupWorker:
 
     def _open(self, shard: int) -> TopicPartition:
         """Restore a shard; return where it goes on."""
-        worker = self.shards[shard] = ShardWorker(
-            shard, self._place.layout, self.counters, self._period_s, logs=self._place.logs
-        )
+        worker = self.shards[shard] = ShardWorker(shard, self._layout, self.counters, self._period_s, logs=self._logs)
         worker.start()
         self.counters.add("opened_total")
-        return TopicPartition(self._topic, shard, worker.engine.offset)
+        place = place_of(self._logs.settings, self._topic, shard, worker.engine.offset)
+        return TopicPartition(self._topic, shard, place)
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self.counters.add("rebalances_total")

@@ -26,7 +26,6 @@ def upgrade() -> None:
         sa.Column("message", sa.String(), nullable=False),
         sa.Column("reason", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
-        sa.UniqueConstraint("id"),
     )
     op.create_table(
         "consumed",
