@@ -86,13 +86,22 @@ class OsFiles:
     """The real disk."""
 
     def append(self, path: Path) -> OsHandle:
-        """Open for appending; a new file's directory entry is synced before anything is written to it."""
+        """Open for appending; a new file's directory entry is synced before anything is written to it.
+
+        A new file that could not be synced is taken away again: a segment that nobody writes to would hide what its
+        predecessor is given.
+        """
         new = not path.exists()
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            raise storage_error(path, error) from error
+        try:
             if new:
                 self._sync_folder(path.parent)
         except OSError as error:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
             raise storage_error(path, error) from error
         return OsHandle(path, descriptor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -682,6 +683,27 @@ def test_a_new_epoch_that_cannot_be_written_leaves_the_old_one_in_force() -> Non
     again.start()
     assert (again.epoch, spool.epoch, again.continues) == (before, before, True)
     assert spool.counters.values["epochs_total{reason=restored}"] == 0
+
+
+def test_a_segment_whose_entry_could_not_be_synced_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk made the file and could not sync its entry: it is neither written to nor left behind."""
+    spool = opened(tmp_path, segment_bytes=1000)
+    fill(spool, range(1, 6))
+    epoch, last = spool.epoch, segments(OS_FILES, tmp_path / "telemetry")
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", refuse)
+        for number in range(6, 20):
+            spool.append(T, [reading(number)], 5)
+        with pytest.raises(DiskFull):
+            spool.commit()
+    assert segments(OS_FILES, tmp_path / "telemetry") == last
+    fill(spool, range(6, 8))
+    again = opened(tmp_path, segment_bytes=1000)
+    assert (again.epoch, again.next_seq(T)) == (epoch, 8)
+
+
+def refuse(_descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_million_messages_open_at_once(tmp_path: Path) -> None:
