@@ -15,6 +15,8 @@ dead_device_delay_s  the most that any other poll was late while one device does
 dead_device_others_late  polls of others more than 100 ms late meanwhile (a time-out is 200 ms)
 rss_mb, cpu_share    of the gateway's process: largest resident size, CPU seconds by second, from ready to the end
 ready_s              from its start until its drivers run and its broker has it
+machine_stall_s      the most that an idle process beside it was kept from running: above 0.1 s the machine is too busy
+                     for `late_polls` to say anything of the gateway
 polls, readings      asked by the gateway; in ingest's log, with the box's own (the last seconds' may be under way)
 dropped              what ingest did not use, by reason
 turnaround_cpu_ms    CPU of the flat-out process by read: what the machine, not the line, must have
@@ -156,10 +158,11 @@ def run_gateway(root: Path, seconds: float, dead: int = 0) -> tuple[Asked, dict[
                 time.sleep(0.02)
             ready_s = time.monotonic() - begun_s
             cpu_before, since_s = cpu_s(box.pid), time.monotonic()
-            time.sleep(seconds)
+            stall_s = worst_stall_s(seconds)
             took_s = time.monotonic() - since_s
             needed: dict[str, Any] = {
                 "ready_s": round(ready_s, 2),
+                "machine_stall_s": round(stall_s, 4),
                 "cpu_share": round((cpu_s(box.pid) - cpu_before) / took_s, 4),
                 "rss_mb": round(rss_mb(box.pid), 1),
             }
@@ -170,6 +173,15 @@ def run_gateway(root: Path, seconds: float, dead: int = 0) -> tuple[Asked, dict[
         needed["readings"] = counters.get("readings_total", 0)
         needed["dropped"] = {name: n for name, n in counters.items() if name.startswith("dropped_total")}
     return asked, needed
+
+
+def worst_stall_s(seconds: float) -> float:
+    """Sleep for so long in steps of 5 ms; return the most that one step took too long."""
+    worst_s, end_s = 0.0, time.monotonic() + seconds
+    while (before_s := time.monotonic()) < end_s:
+        time.sleep(0.005)
+        worst_s = max(worst_s, time.monotonic() - before_s - 0.005)
+    return worst_s
 
 
 def lateness(times: list[float], end_s: float) -> tuple[list[float], int]:
