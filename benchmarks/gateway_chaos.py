@@ -300,12 +300,14 @@ def judge(layout: Layout, source: Source, *, real: bool) -> dict[str, int]:
         unexplained = sum(max(lanes[lane].seqs_gone - source.evicted[lane], 0) for lane in LANES)
         lost = sum(verdict.lost for verdict in readings) + max(missing - blobs.seqs_gone, 0) + unexplained
         uncommitted = 0
+    doubled = sum(max(n - 1, 0) for n in pictures.values())
     evicted = 0 if real else sum(verdict.evicted for verdict in readings) + min(missing, blobs.seqs_gone)
     return {
         "produced": sum(source.said.values()) - uncommitted,
         "logged": sum(verdict.logged for verdict in readings) + whole,
         "lost": lost,
-        "repeated": sum(verdict.repeated for verdict in readings) + sum(max(n - 1, 0) for n in pictures.values()),
+        "repeated": sum(verdict.repeated for verdict in readings) + doubled,
+        "repeated_pictures": doubled,
         "disordered": sum(verdict.disordered for verdict in readings),
         "evicted": evicted,
         "uncommitted": uncommitted,

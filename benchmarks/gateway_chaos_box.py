@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import select
 import signal
 import socket
@@ -54,6 +55,7 @@ class Told(msgspec.Struct):
     evicted: list[int]  # messages, by this process
     spooled: int
     hello: bool = False
+    pid: int = 0
 
 
 def reading(said: Said) -> Reading:
@@ -157,7 +159,7 @@ class Line:
         spool = self._sink.spool
         evicted = [spool.counters.values[f"evicted_total{{lane={lane.topic}}}"] for lane in Lane]
         told = Told(
-            [*self._sink.committed.values()], [*self._sink.acked.values()], evicted, spool.spooled(), hello
+            [*self._sink.committed.values()], [*self._sink.acked.values()], evicted, spool.spooled(), hello, os.getpid()
         )  # fmt: skip
         if self._socket is not None:
             self._socket.sendall(msgspec.json.encode(told) + b"\n")

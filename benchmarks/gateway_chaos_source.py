@@ -30,6 +30,7 @@ class Source:
         self.acked = dict.fromkeys(LANES, 0)
         self.evicted = dict.fromkeys(LANES, 0)  # messages, over all processes of the gateway
         self.spooled = -1
+        self._counted: dict[int, dict[Lane, int]] = {}  # what each process said it evicted
         self.said_again = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -71,7 +72,6 @@ class Source:
 
     def _talk(self, connection: socket.socket) -> None:
         sent: dict[Lane, int] | None = None
-        evicted = dict.fromkeys(LANES, 0)
         rest = b""
         connection.setblocking(False)
         while not self._stopping:
@@ -82,7 +82,7 @@ class Source:
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     told = msgspec.json.decode(line, type=Told)
-                    self._hear(told, evicted)
+                    self._hear(told)
                     if told.hello:
                         with self.lock:
                             if sent is None:
@@ -92,13 +92,14 @@ class Source:
                 self._say(connection, sent)
             time.sleep(0.01)
 
-    def _hear(self, told: Told, evicted: dict[Lane, int]) -> None:
+    def _hear(self, told: Told) -> None:
         with self.lock:
+            counted = self._counted.setdefault(told.pid, dict.fromkeys(LANES, 0))
             for lane in LANES:
                 self.committed[lane] = max(self.committed[lane], told.committed[lane])
                 self.acked[lane] = max(self.acked[lane], told.acked[lane])
-                self.evicted[lane] += max(told.evicted[lane] - evicted[lane], 0)
-                evicted[lane] = told.evicted[lane]
+                self.evicted[lane] += told.evicted[lane] - counted[lane]
+                counted[lane] = told.evicted[lane]
             self.spooled = told.spooled
 
     def _say(self, connection: socket.socket, sent: dict[Lane, int]) -> None:
