@@ -34,7 +34,7 @@ count = 0
 for top in sys.argv[1:]:
     package = importlib.import_module(top)
     for module in pkgutil.walk_packages(package.__path__, f"{top}."):
-        if not module.name.startswith("citybrain.db") and not module.name.endswith("__main__"):
+        if not module.name.startswith(("citybrain.db", "edge.vision.")) and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
             count += 1
 print(count)

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from edge.vision.frames import BLOCKS, Field, Image, Mask, by_block, noise_of, slope, smooth
 
 WARM_S = 4.0  # so long the reference is the mean of what is seen
-NOISE_FRAMES = 15
-WINDOW_S = 0.9  # medians over so much: one bad frame says nothing, and what is found is found within 2 s
+NOISE_FRAMES = 50
+WINDOW_S = 1.5  # medians over so much: one bad frame says nothing, and what is found is found within 2 s
 COARSE_SIGMA = 2.5
+SHARPEST = 75  # percentile of the blocks: low bit rates smooth some of them, defocus all
 LAPLACE_NOISE = 20.0  # the sum of the squares of the Laplacian's weights
 STRUCTURE = 0.5  # levels a pixel: a block with less has nothing to recognise it by
 LEAST_BLOCKS = 8  # with fewer of them nothing is said about the view
@@ -79,6 +80,7 @@ class Health:
         self._noises: deque[float] = deque(maxlen=NOISE_FRAMES)
         self._odd: Mask = np.zeros(BLOCKS[::-1], np.bool_)
         self._covered: Mask = np.zeros(BLOCKS[::-1], np.bool_)
+        self._focused = 1.0
         self._odd_since_s: float | None = None
         self._warm_frames = 0
         self._troubles: set[Trouble] = set()
@@ -143,13 +145,18 @@ class Health:
         self._covered = np.where(moving, self._covered, covered) & structured
         shift = float(self._odd.sum() / structured.sum())
         bare = float(self._covered.sum() / structured.sum())
-        seen = structured & ~self._covered
-        ratio = _fineness(fine, steep, seen)
-        sharpness = (1.0 - bare) * (ratio / self.normal.fineness if self.normal.fineness and seen.any() else 1.0)
+        self._focus(fine, steep, structured & ~self._covered & ~moving, structured & ~self._covered, step_s)
+        self._follow(coarse, step_s, shift, at_s)
+        return min((1.0 - bare) * self._focused, 10.0), shift
+
+    def _focus(self, fine: Field, steep: Field, still: Mask, seen: Mask, step_s: float) -> None:
+        """Compare the fineness with the usual one, unless most of what is seen changes: the light, or the exposure."""
+        if not self.normal.fineness or still.sum() < 0.4 * seen.sum() or not still.any():
+            return
+        ratio = _fineness(fine, steep, still)
+        self._focused = ratio / self.normal.fineness
         if not self._troubles:
             self.normal.fineness += (ratio - self.normal.fineness) * min(1.0, step_s / LEARN_S)
-        self._follow(coarse, step_s, shift, at_s)
-        return min(sharpness, 10.0), shift
 
     def _warm_up(self, coarse: Field, fine: Field, steep: Field) -> tuple[float, float]:
         self._warm_frames += 1
@@ -212,7 +219,7 @@ def shift_of(frame: Image, reference: Field) -> tuple[float, float, float]:
 def _fineness(fine: Field, steep: Field, blocks: Mask) -> float:
     if not blocks.any():
         return 0.0
-    return float(np.median(np.sqrt(np.maximum(fine[blocks], 0.0)) / np.maximum(steep[blocks], 1e-3)))
+    return float(np.percentile(np.sqrt(np.maximum(fine[blocks], 0.0)) / np.maximum(steep[blocks], 1e-3), SHARPEST))
 
 
 def _correlation(one: Field, other: Field) -> Field:
