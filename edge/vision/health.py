@@ -76,11 +76,13 @@ class Health:
         self._before: Image | None = None
         self._at_s = 0.0
         self._changed_s = 0.0  # when two frames differed last
-        self._recent: deque[tuple[float, float, float, float]] = deque()
+        self._recent: deque[tuple[float, float, float]] = deque()  # time, brightness, view shift
+        self._focused: deque[tuple[float, float]] = deque()  # judged time, sharpness of what is not covered
+        self._judged_s = 0.0  # the time in which the sharpness could be judged
         self._noises: deque[float] = deque(maxlen=NOISE_FRAMES)
         self._odd: Mask = np.zeros(BLOCKS[::-1], np.bool_)
         self._covered: Mask = np.zeros(BLOCKS[::-1], np.bool_)
-        self._focused = 1.0
+        self._bare = 0.0  # the share of the structure that is covered
         self._odd_since_s: float | None = None
         self._warm_frames = 0
         self._troubles: set[Trouble] = set()
@@ -100,9 +102,8 @@ class Health:
         self._before, self._at_s = frame, at_s
         still_s = self._still_s(bool(difference.any()), at_s)
         coarse = smooth(frame, COARSE_SIGMA)
-        sharpness, shift = self._compare(frame, coarse, by_block(moving) > 0.1, noise, at_s, step_s)
-        brightness = float(frame.mean()) / 255.0
-        self._recent.append((at_s, brightness, sharpness, shift))
+        shift = self._compare(frame, coarse, by_block(moving) > 0.1, noise, at_s, step_s)
+        self._recent.append((at_s, float(frame.mean()) / 255.0, shift))
         while self._recent[0][0] < at_s - WINDOW_S:
             self._recent.popleft()
         return self._said(float(moving.mean()), noise, still_s)
@@ -122,10 +123,8 @@ class Health:
         self._changed_s = at_s
         return 0.0
 
-    def _compare(
-        self, frame: Image, coarse: Field, moving: Mask, noise: float, at_s: float, step_s: float
-    ) -> tuple[float, float]:
-        """Return (sharpness, view shift) against the reference, NaN where they cannot be said."""
+    def _compare(self, frame: Image, coarse: Field, moving: Mask, noise: float, at_s: float, step_s: float) -> float:
+        """Return the view shift against the reference, NaN where it cannot be said; judge the sharpness besides."""
         if self._warm_until_s is None:
             self._warm_until_s = at_s + WARM_S
         fine = by_block(np.square(cv2.Laplacian(frame, cv2.CV_32F))) - LAPLACE_NOISE * noise**2
@@ -137,28 +136,32 @@ class Health:
         structured: Mask = usual > STRUCTURE
         if int(structured.sum()) < LEAST_BLOCKS:
             self._renew(coarse, step_s, np.zeros_like(moving))
-            return float("nan"), float("nan")
+            self._focused.clear()
+            return float("nan")
         light = np.clip(by_block(coarse) / np.maximum(by_block(self.reference), 1.0), 0.1, 1.0)
         covered = structured & (steep < COVERED * usual * light)
         odd = structured & ((_correlation(coarse, self.reference) < SAME_VIEW) | covered)
         self._odd = np.where(moving, self._odd, odd) & structured
         self._covered = np.where(moving, self._covered, covered) & structured
         shift = float(self._odd.sum() / structured.sum())
-        bare = float(self._covered.sum() / structured.sum())
+        self._bare = float(self._covered.sum() / structured.sum())
         self._focus(fine, steep, structured & ~self._covered & ~moving, structured & ~self._covered, step_s)
         self._follow(coarse, step_s, shift, at_s)
-        return min((1.0 - bare) * self._focused, 10.0), shift
+        return shift
 
     def _focus(self, fine: Field, steep: Field, still: Mask, seen: Mask, step_s: float) -> None:
         """Compare the fineness with the usual one, unless most of what is seen changes: the light, or the exposure."""
         if not self.normal.fineness or still.sum() < 0.4 * seen.sum() or not still.any():
             return
         ratio = _fineness(fine, steep, still)
-        self._focused = ratio / self.normal.fineness
+        self._judged_s += step_s
+        self._focused.append((self._judged_s, ratio / self.normal.fineness))
+        while self._focused[0][0] < self._judged_s - WINDOW_S:
+            self._focused.popleft()
         if not self._troubles:
             self.normal.fineness += (ratio - self.normal.fineness) * min(1.0, step_s / LEARN_S)
 
-    def _warm_up(self, coarse: Field, fine: Field, steep: Field) -> tuple[float, float]:
+    def _warm_up(self, coarse: Field, fine: Field, steep: Field) -> float:
         self._warm_frames += 1
         if self.reference is None:
             self.reference = coarse.copy()
@@ -166,7 +169,7 @@ class Health:
             self.reference += (coarse - self.reference) / self._warm_frames
         ratio = _fineness(fine, steep, steep > STRUCTURE)
         self.normal.fineness += (ratio - self.normal.fineness) / self._warm_frames
-        return float("nan"), float("nan")
+        return float("nan")
 
     def _follow(self, coarse: Field, step_s: float, shift: float, at_s: float) -> None:
         """Renew the reference: slowly, and not where it is contradicted as long as the whole view is in doubt."""
@@ -191,8 +194,8 @@ class Health:
 
     def _said(self, motion: float, noise: float, still_s: float) -> Picture:
         columns = np.array(self._recent, np.float64)
-        brightness = float(np.median(columns[:, 1]))
-        sharpness, shift = (_median(columns[:, number]) for number in (2, 3))
+        brightness, shift = float(np.median(columns[:, 1])), _median(columns[:, 2])
+        sharpness = self._sharpness(shift)
         self._judge(Trouble.DARK, brightness < 0.03, brightness > 0.04)
         self._judge(Trouble.BRIGHT, brightness > 0.92, brightness < 0.88)
         self._judge(Trouble.BLURRED, sharpness is not None and sharpness < 0.4, sharpness is None or sharpness > 0.5)
@@ -201,6 +204,13 @@ class Health:
         self._judge(Trouble.FROZEN, frozen, not frozen)
         motion = 0.0 if Trouble.FROZEN in self._troubles else max(motion, LIVING)
         return Picture(brightness, motion, sharpness, shift, noise, frozenset(self._troubles))
+
+    def _sharpness(self, shift: float | None) -> float | None:
+        """Return the sharpness: what is covered has none; where all is, or nothing was judged yet, only that counts."""
+        if shift is None:
+            return None
+        focused = float(np.median([value for _, value in self._focused])) if self._focused else 1.0
+        return min((1.0 - self._bare) * focused, 10.0)
 
     def _judge(self, trouble: Trouble, begins: bool, ends: bool) -> None:
         if begins:

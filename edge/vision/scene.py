@@ -33,6 +33,7 @@ CROWD_S = 5.0
 OUTSIDE_S = 600.0  # where nothing is watched, what stands still belongs to the scene after so long
 ABSORB_S = 86_400.0  # in a region, after a day
 LEVELS = 20.0  # a difference that is none of noise
+TEXTURE, SAME_TEXTURE = 1.5, 0.4  # levels from which on ground has a texture to know it by, and how well it is kept
 SURE_S = 60.0  # what has looked the same for so long belongs there, and is nobody
 MOVED_S = 5.0
 SUDDEN = 0.6  # more of the picture than that changes at once: the light, not a thing
@@ -80,7 +81,6 @@ class Scene:
         self._moved: Field = np.full(shape, -np.inf, np.float32)
         self._origin_s: float | None = None  # fields hold seconds since then: float32 has no room for an uptime
         self._at_s = 0.0
-        self._gain = 1.0
         self._sudden_s: float | None = None
         self._stalls: dict[str, tuple[float, float]] = {}  # by region, since when and when last
         self._crowds: dict[str, float] = {}
@@ -104,20 +104,20 @@ class Scene:
         now, step_s = at_s - self._origin_s, at_s - self._origin_s - self._at_s
         self._at_s = now
         assert self.long is not None
-        limit = max(LEVELS, 5.0 * noise)
-        self._gain = self._gain_of(image, self.long)
-        usual = self.long * np.float32(self._gain)
+        gain = self._gain_of(image, self.long)
+        image /= np.float32(gain)  # a camera exposes anew for each car that passes: all is compared as if it did not
+        limit = max(LEVELS, 5.0 * noise) / min(1.0, gain)
         restless = _apart(image, self._short, 0.75 * limit)
-        self.foreground = opened(_apart(image, usual, limit))
-        standing = opened(_apart(self._short, usual, limit) & ~restless)
+        self.foreground = opened(_apart(image, self.long, limit))
+        standing = opened(_apart(self._short, self.long, limit) & ~restless)
         self._moved[restless] = now
         self._sure += np.where(self.foreground, np.float32(0.0), np.float32(step_s))
         self._short += (image - self._short) * np.float32(min(1.0, step_s / SHORT_S))
         if self._sudden(restless, now):
             return []
         self._time(standing, restless, now)
-        self._renew(image, usual, now, step_s)
-        return self._seen(usual, now, step_s)
+        self._renew(image, gain, now, step_s)
+        return self._seen(now, step_s)
 
     def unsure(self) -> Mask:
         """Return where the long background may hold somebody: it has not looked like that for long enough."""
@@ -149,7 +149,7 @@ class Scene:
             return True
         assert self._short is not None
         assert self.long is not None
-        self.long = np.where(self._things[:, :, None], self.long * np.float32(self._gain), self._short)
+        self.long = np.where(self._things[:, :, None], self.long, self._short)
         self._sudden_s = None
         self._sure[~self._things] = 0.0
         return True
@@ -164,12 +164,16 @@ class Scene:
         free = ~self.foreground & ~restless
         self._stood[(self._kept < now - HIDDEN_S) | (free & (self._kept < now - FREE_S))] = np.inf
 
-    def _renew(self, image: Field, usual: Field, now: float, step_s: float) -> None:
+    def _renew(self, image: Field, gain: float, now: float, step_s: float) -> None:
         """Let the long background follow the light, and take in what has stood for long enough."""
         assert self.long is not None
+        assert self._short is not None
+        rate = min(1.0, step_s / LONG_S)
         near = widened(self.foreground, 2)[:, :, None]
-        rate = np.float32(min(1.0, step_s / LONG_S))
-        self.long += (np.where(near, usual, image) - self.long) * rate
+        self.long += np.where(near, np.float32(0.0), (image - self.long) * np.float32(rate))
+        drift = np.float32(1.0 + (gain - 1.0) * rate)  # what stands there becomes lighter and darker with the rest
+        self.long *= drift
+        self._short *= drift
         stood_s = now - self._stood
         self._absorb((stood_s > np.where(self._watched, ABSORB_S, OUTSIDE_S)) & np.isfinite(self._stood))
 
@@ -189,8 +193,8 @@ class Scene:
 
     # --- the regions ---
 
-    def _seen(self, usual: Field, now: float, step_s: float) -> list[Seen]:
-        self._vet(usual, now)
+    def _seen(self, now: float, step_s: float) -> list[Seen]:
+        self._vet(now)
         left = self._things
         found = []
         for name, region in self._regions.items():
@@ -206,22 +210,23 @@ class Scene:
                     found.append(self._crowd(region, mask, step_s))
         return found
 
-    def _vet(self, usual: Field, now: float) -> None:
+    def _vet(self, now: float) -> None:
         """Judge what has come to stand, each patch once and as a whole: a thing, or else part of the background."""
         patches = np.isfinite(self._stood) & self._watched
         self._things &= patches
         if not (patches & ~self._things & (self._stood <= now - SETTLE_S)).any():
             return
         assert self._short is not None
+        assert self.long is not None
         count, labels = cv2.connectedComponents(widened(patches, 2).view(np.uint8))
-        old, new = slope(_levels(usual)), slope(_levels(self._short))
+        old, new = slope(_levels(self.long)), slope(_levels(self._short))
         for label in range(1, count):
             whole: Mask = np.asarray(labels == label, np.bool_)
             patch = whole & patches
             fresh = patch & ~self._things
             if fresh.sum() < 0.2 * patch.sum() or (self._stood[fresh] > now - SETTLE_S).mean() > 0.1:
                 continue
-            if _only_light(self._short[fresh], usual[fresh]) or _taken_away(fresh, old, new):
+            if _only_light(fresh, self._short, self.long) or _taken_away(fresh, old, new):
                 self._absorb(fresh)
                 self.ghosts += 1
             else:
@@ -303,15 +308,23 @@ def _apart(one: Field, other: Field, limit: float) -> Mask:
     return np.asarray(cv2.max(cv2.max(difference[:, :, 0], difference[:, :, 1]), difference[:, :, 2])) > limit
 
 
-def _only_light(new: Field, old: Field) -> bool:
-    """Return whether pixels (n, 3) are the old ones under another light: one factor for all, and no other colour."""
-    if not len(new):
-        return True
-    ratio = (new + 5.0) / (old + 5.0)
+def _only_light(patch: Mask, new: Field, old: Field) -> bool:
+    """Return whether a patch of two images is the same in another light: one factor, no new colour, its texture."""
+    ratio = (new[patch] + 5.0) / (old[patch] + 5.0)
     whole = ratio.mean(axis=1)
     low, middle, high = np.percentile(whole, (15, 50, 85))
     colour = np.abs(ratio / whole[:, None] - 1.0).max(axis=1)
-    return bool(0.4 < middle < 2.5 and (high - low) < 0.25 * middle and np.median(colour) < 0.06)
+    if not (0.4 < middle < 1.8 and high - low < 0.25 * middle and np.median(colour) < 0.06):
+        return False
+    before, after = (_texture(image)[patch] for image in (old, new))
+    if before.std() < TEXTURE:
+        return True
+    return bool(np.corrcoef(before, after)[0, 1] > SAME_TEXTURE)
+
+
+def _texture(image: Field) -> Field:
+    levels = np.asarray(image.mean(axis=2), np.float32)
+    return levels - smooth(levels, 2.0)
 
 
 def _taken_away(patch: Mask, old: Field, new: Field) -> bool:
