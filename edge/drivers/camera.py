@@ -143,8 +143,8 @@ class Camera:
             while not host.wait(0.5 / self._config.rate_fps):
                 self._step(host, capture, watch, started_s)
         finally:
-            capture.stop()
             self._save(host, watch)
+            capture.stop()
 
     def _step(self, host: Host, capture: Capture, watch: Watch, started_s: float) -> None:
         now_s = host.mono_s()
@@ -152,7 +152,7 @@ class Camera:
         if frame is not None and frame.number != self._seen_number:
             self._seen_number, self._seen_s = frame.number, now_s
             self._take(host, watch, frame)
-        elif now_s - (started_s if self._seen_s is None else self._seen_s) > self._patience_s:
+        elif now_s - (started_s if self._seen_s is None else self._seen_s) > self._patience_s(capture):
             self._lose(host, capture, now_s)
         if capture.busy_since_s is not None and now_s - capture.busy_since_s > STUCK_S:
             raise Unavailable(f"{self._config.source}: the decoder has not come back for {STUCK_S:g} s")
@@ -164,11 +164,10 @@ class Camera:
             self._save(host, watch)
         self._tidy(host, now_s)
 
-    @property
-    def _patience_s(self) -> float:
-        """For how long there may be no new frame: a camera may be slow, or not open yet."""
+    def _patience_s(self, capture: Capture) -> float:
+        """Return for how long there may be no new frame: a camera may be slow, or not open yet."""
         if self._seen_s is None:
-            return FIRST_S
+            return 0.0 if capture.ended else FIRST_S
         return max(SILENT_S, 3.0 / self._fps) if self._fps > 0.0 else SILENT_S
 
     # --- what is told ---

@@ -53,8 +53,9 @@ class Capture:
         self._thread.start()
 
     def stop(self) -> None:
-        """End as soon as the decoder lets go; who waits for it is not kept."""
+        """End, and wait for the decoder to let go: a process that ends while it decodes is aborted."""
         self._stop.set()
+        self._thread.join(READ_MS / 1000 + 1.0)
 
     def newest(self) -> Frame | None:
         """Return the newest frame, None before the first."""

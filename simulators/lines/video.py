@@ -204,15 +204,15 @@ def _scene(rng: np.random.Generator, columns: int, rows: int) -> Image:
     return np.clip(image + np.asarray(grain)[:, :, None] * 1.5, 0, 255).astype(np.uint8)
 
 
-def write_video(path: Path, frames: Iterable[Image], fps: float) -> None:
-    """Write frames as a lossless AVI (FFV1), so that the noise of the sensor survives; raises OSError."""
+def write_video(path: Path, frames: Iterable[Image], fps: float, codec: str = "FFV1") -> None:
+    """Write frames as an AVI: losslessly (FFV1), so that the noise of the sensor survives, or MJPG; raises OSError."""
     writer = None
     for image in frames:
         if writer is None:
             size = (image.shape[1], image.shape[0])
-            writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"FFV1"), fps, size)
+            writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), fps, size)
             if not writer.isOpened():
-                raise OSError(f"{path}: cannot be written as FFV1")
+                raise OSError(f"{path}: cannot be written as {codec}")
         writer.write(image)
     if writer is not None:
         writer.release()
