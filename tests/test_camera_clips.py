@@ -57,7 +57,7 @@ def watch() -> Watch:
     return Watch([Watched(region, 30.0 if region.sees == "stall" else DWELL_S) for region in regions], 320)
 
 
-def looks(name: str, change: Callable[[float, Image], Image], until_s: float = 60.0) -> list[tuple[float, Look]]:
+def looks(name: str, change: Callable[[float, Image], Image], until_s: float = 50.0) -> list[tuple[float, Look]]:
     watching = watch()
     return [(at_s, watching.look(change(at_s, image), at_s)) for at_s, image in to_and_fro(name, until_s)]
 
@@ -99,7 +99,7 @@ def bag(image: Image) -> Image:
 
 @pytest.mark.parametrize("name", [CARS, WORKER])
 def test_a_clip_has_a_plausible_picture_and_no_event(name: str) -> None:
-    found = looks(name, lambda _, image: image, 120.0)
+    found = looks(name, lambda _, image: image, 80.0)
     assert {trouble for _, look in found for trouble in look.picture.troubles} == set()
     assert [(at_s, event) for at_s, look in found for event in look.events if event.value > 0.0] == []
     settled = [look.picture for at_s, look in found if at_s > 6.0]

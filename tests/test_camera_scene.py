@@ -74,6 +74,11 @@ def test_what_passes_is_nothing_left(what: str) -> None:
     assert {event.metric for _, event in found} == {"garbage_s", "lane_blocked_s"}, "0 at the start, and no more"
 
 
+def test_a_shadow_that_wanders_over_a_square_is_no_crowd() -> None:
+    found = told(Street(2, [Planted("shadow", 8.0)]), watch("crowd", "stall"), 36.0)
+    assert begun(found, "crowd") == begun(found, "stall_s") == []
+
+
 def test_nightfall_is_nothing_left_and_a_bag_is_found_in_it() -> None:
     found = told(Street(3, [Planted("night", 6.0), Planted("garbage", 75.0)]), watch("garbage", "lane", "crowd"), 86.0)
     assert [at_s for at_s in begun(found, "garbage_s") if at_s < 75.0] == []

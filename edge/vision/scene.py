@@ -117,7 +117,7 @@ class Scene:
             return []
         self._time(standing, restless, now)
         self._renew(image, gain, now, step_s)
-        return self._seen(now, step_s)
+        return self._seen(image, now, step_s)
 
     def unsure(self) -> Mask:
         """Return where the long background may hold somebody: it has not looked like that for long enough."""
@@ -193,7 +193,7 @@ class Scene:
 
     # --- the regions ---
 
-    def _seen(self, now: float, step_s: float) -> list[Seen]:
+    def _seen(self, image: Field, now: float, step_s: float) -> list[Seen]:
         self._vet(now)
         left = self._things
         found = []
@@ -205,9 +205,9 @@ class Scene:
                 case "lane":
                     found.append(self._taken(region, left & mask, mask, now))
                 case "stall":
-                    found.append(self._stall(region, self.foreground & mask, mask, now))
+                    found.append(self._stall(region, self._solid(image, mask), mask, now))
                 case "crowd":
-                    found.append(self._crowd(region, mask, step_s))
+                    found.append(self._crowd(region, self._solid(image, mask), mask, step_s))
         return found
 
     def _vet(self, now: float) -> None:
@@ -231,6 +231,19 @@ class Scene:
                 self.ghosts += 1
             else:
                 self._things |= patch
+
+    def _solid(self, image: Field, mask: Mask) -> Mask:
+        """Return what is in a region, moving or not, without shadows and lamps that wander over it."""
+        there = self.foreground & mask
+        if there.sum() < 0.01 * mask.sum():
+            return there
+        assert self.long is not None
+        count, labels = cv2.connectedComponents(there.view(np.uint8))
+        for label in range(1, count):
+            patch: Mask = np.asarray(labels == label, np.bool_)
+            if patch.sum() >= 0.01 * mask.sum() and _only_light(patch, image, self.long):
+                there &= ~patch
+        return there
 
     def _object(self, region: Region, left: Mask, mask: Mask, now: float) -> Seen:
         """Return the oldest thing that was left in a region."""
@@ -272,9 +285,9 @@ class Scene:
             return Seen(region.name, METRICS[region.sees], 0.0)
         return Seen(region.name, METRICS[region.sees], max(now - since, 1e-3), there)
 
-    def _crowd(self, region: Region, mask: Mask, step_s: float) -> Seen:
+    def _crowd(self, region: Region, there: Mask, mask: Mask, step_s: float) -> Seen:
         """Return how full a region is, 0 to 1, smoothed."""
-        share = float((self.foreground & mask).sum() / max(1, mask.sum())) / region.full
+        share = float(there.sum() / max(1, mask.sum())) / region.full
         level = self._crowds.get(region.name, 0.0)
         level += (min(1.0, share) - level) * min(1.0, step_s / CROWD_S)
         self._crowds[region.name] = level
@@ -319,7 +332,7 @@ def _only_light(patch: Mask, new: Field, old: Field) -> bool:
     before, after = (_texture(image)[patch] for image in (old, new))
     if before.std() < TEXTURE:
         return True
-    return bool(np.corrcoef(before, after)[0, 1] > SAME_TEXTURE)
+    return bool(after.std() > 0.0 and np.corrcoef(before, after)[0, 1] > SAME_TEXTURE)
 
 
 def _texture(image: Field) -> Field:
