@@ -153,7 +153,7 @@ def person(image: Image, left: int) -> Image:
 
 
 def test_evidence_shows_the_bag_and_nobody_who_moved() -> None:
-    street, watching = Street(3, [Planted("garbage", 68.0)]), watch("garbage")
+    street, watching = Street(3, [Planted("garbage", 68.0)], 640, 360), watch("garbage")
     pictures = []
     for at_s, image in street.frames(80.0, FPS):
         shown = person(image, 60 + int(8 * (at_s - 70)) if at_s > 70 else 400)
@@ -179,7 +179,7 @@ def test_evidence_shows_the_bag_and_nobody_who_moved() -> None:
 def test_at_first_nothing_is_shown_that_might_be_somebody() -> None:
     watching = watch("garbage")
     assert watching.snapshot() is None
-    for at_s, image in Street(3).frames(6.0, FPS):
+    for at_s, image in Street(3, columns=640, rows=360).frames(6.0, FPS):
         watching.look(person(image, 300), at_s)
     picture = watching.snapshot()
     assert picture is not None

@@ -132,8 +132,11 @@ class Camera:
         os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # it would print addresses with passwords
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
         os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "rtsp_transport;tcp")
-        from edge.vision.capture import Capture  # noqa: PLC0415  numpy and OpenCV only in the driver's own process
+        import cv2  # noqa: PLC0415  OpenCV and numpy only in the driver's own process
 
+        from edge.vision.capture import Capture  # noqa: PLC0415
+
+        cv2.setNumThreads(1)  # so small frames are not worth sharing, and the other core has other work
         watch = self._watch(host)
         capture = Capture(self._address(), self._config.rate_fps, repeat=self._config.repeat)
         capture.start()

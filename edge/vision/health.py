@@ -110,8 +110,9 @@ class Health:
 
     def _noise_now(self, changed: float) -> float:
         """Return the sensor's noise: the least that changed lately, since wind and a cloud change the picture too."""
-        self._noises.append(changed)
-        return min(self._noises)
+        if changed > 0.0:  # a frame that is only repeated says nothing of it
+            self._noises.append(changed)
+        return min(self._noises, default=0.0)
 
     def _still_s(self, changed: bool, at_s: float) -> float:
         """Return for how long frames have repeated; learn how long the codec does that on a living picture."""

@@ -81,14 +81,18 @@ class Scene:
         self._moved: Field = np.full(shape, -np.inf, np.float32)
         self._origin_s: float | None = None  # fields hold seconds since then: float32 has no room for an uptime
         self._at_s = 0.0
+        self._paused = False
         self._sudden_s: float | None = None
         self._stalls: dict[str, tuple[float, float]] = {}  # by region, since when and when last
         self._crowds: dict[str, float] = {}
         self.ghosts = 0  # patches that were taken for the background: shadows, lamps, things taken away
 
     def pause(self, at_s: float) -> None:
-        """Let the time pass in which the picture cannot be judged: what stood there still stands there."""
+        """Let the time pass in which the picture cannot be judged: things stay, what was not judged is forgotten."""
         if self._origin_s is not None:
+            self._paused = True
+            self._stood[~self._things] = np.inf
+            self._entered[~self._things] = np.inf
             waited = np.float32(at_s - self._origin_s - self._at_s)
             self._kept += waited
             self._differed += waited
@@ -106,6 +110,8 @@ class Scene:
         assert self.long is not None
         gain = self._gain_of(image, self.long)
         image /= np.float32(gain)  # a camera exposes anew for each car that passes: all is compared as if it did not
+        if self._paused:
+            self._paused, self._short = False, image.copy()
         limit = max(LEVELS, 5.0 * noise) / min(1.0, gain)
         restless = _apart(image, self._short, 0.75 * limit)
         self.foreground = opened(_apart(image, self.long, limit))
@@ -130,10 +136,12 @@ class Scene:
     # --- the background ---
 
     def _gain_of(self, image: Field, long: Field) -> float:
-        """Return by how much the whole picture is lighter than its background."""
+        """Return by how much the whole picture is lighter than its background, as what was background tells it."""
         part, other = image[::8, ::8, 1], long[::8, ::8, 1]
         fit = (other > 20.0) & (part < 250.0)
-        if fit.sum() < 0.2 * fit.size:
+        free = fit & ~self.foreground[::8, ::8]
+        fit = free if free.sum() >= 0.1 * fit.size else fit  # else a lorry would pass for the light
+        if fit.sum() < 0.1 * fit.size:
             return 1.0
         return float(np.clip(np.median(part[fit] / other[fit]), 0.3, 3.0))
 

@@ -39,7 +39,7 @@ class Street:
     """A scene of house fronts, a pavement and a lane. rows, columns: its size; noise: the sensor's, in levels."""
 
     def __init__(
-        self, seed: int, planted: Iterable[Planted] = (), columns: int = 640, rows: int = 360, noise: float = NOISE
+        self, seed: int, planted: Iterable[Planted] = (), columns: int = 320, rows: int = 180, noise: float = NOISE
     ) -> None:
         self.columns = columns
         self.rows = rows
