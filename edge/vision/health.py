@@ -39,7 +39,6 @@ LIVING = 0.002  # `motion` of a living picture is at least that; 0 is a frozen o
 class Trouble(enum.StrEnum):
     """What is wrong with a picture."""
 
-    LOST = "no picture"
     FROZEN = "the picture is frozen"
     DARK = "the picture is dark"
     BRIGHT = "the picture is overexposed"
@@ -218,13 +217,6 @@ class Health:
             self._troubles.add(trouble)
         elif ends:
             self._troubles.discard(trouble)
-
-
-def shift_of(frame: Image, reference: Field) -> tuple[float, float, float]:
-    """Return by how much a view has moved, right and down in shares of its width, and how sure that is (0 to 1)."""
-    window = cv2.createHanningWindow((frame.shape[1], frame.shape[0]), cv2.CV_32F)
-    (right, down), sure = cv2.phaseCorrelate(reference, smooth(frame, COARSE_SIGMA), window)
-    return right / frame.shape[1], down / frame.shape[1], float(sure)
 
 
 def _fineness(fine: Field, steep: Field, blocks: Mask) -> float:

@@ -85,7 +85,6 @@ class Scene:
         self._sudden_s: float | None = None
         self._stalls: dict[str, tuple[float, float]] = {}  # by region, since when and when last
         self._crowds: dict[str, float] = {}
-        self.ghosts = 0  # patches that were taken for the background: shadows, lamps, things taken away
 
     def pause(self, at_s: float) -> None:
         """Let the time pass in which the picture cannot be judged: things stay, what was not judged is forgotten."""
@@ -236,7 +235,6 @@ class Scene:
                 continue
             if _only_light(fresh, self._short, self.long) or _taken_away(fresh, old, new):
                 self._absorb(fresh)
-                self.ghosts += 1
             else:
                 self._things |= patch
 

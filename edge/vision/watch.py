@@ -87,7 +87,6 @@ class Watch:
         self._telling: dict[str, Telling] = {}
         self._image: Image | None = None
         self._sound = False  # the picture is one, so that it can be said who is in it
-        self.ghosts = 0
         self.picture: Picture | None = None
 
     def look(self, image: Image, at_s: float) -> Look:
