@@ -12,9 +12,10 @@ import pytest
 from api.assets.kinds import metrics_of
 from citybrain.units import METRICS
 from edge import limits, report
-from edge.drivers import json_lines, modbus, modbus_rtu, modbus_tcp, registers
+from edge.drivers import camera, json_lines, modbus, modbus_rtu, modbus_tcp, registers
 from edge.limits import Limit
 from edge.report import Report
+from edge.vision import sources
 from gateway.config import parse_config
 from simulators.lines import wire
 
@@ -28,12 +29,13 @@ PAGES = {
         registers.RegisterMap,
     ),
     "drivers/json_lines.md": (json_lines.Config, json_lines.Value),
+    "drivers/camera.md": (camera.Config, camera.RegionConfig),
     "edge.md": (Report, Limit),
 }
 HEAD = "gateway: gw-1\nshard: 0\nbroker: {host: 127.0.0.1}\n"
 
 
-@pytest.mark.parametrize("page", ["drivers/modbus.md", "drivers/json_lines.md"])
+@pytest.mark.parametrize("page", ["drivers/modbus.md", "drivers/json_lines.md", "drivers/camera.md"])
 def test_the_sample_of_a_page_is_valid(page: str) -> None:
     sample = re.search(r"```yaml\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
     assert sample is not None
@@ -78,7 +80,7 @@ def test_the_platform_takes_what_a_map_gives(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [report, limits, registers, json_lines, wire], ids=lambda module: str(module.__name__)
+    "module", [report, limits, registers, json_lines, sources, wire], ids=lambda module: str(module.__name__)
 )
 def test_examples(module: ModuleType) -> None:
     results = doctest.testmod(module)

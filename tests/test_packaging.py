@@ -31,7 +31,7 @@ count = 0
 for top in sys.argv[1:]:
     package = importlib.import_module(top)
     for module in pkgutil.walk_packages(package.__path__, f"{top}."):
-        if module.name in ARRAYS:
+        if module.name in ARRAYS or module.name.startswith("edge.vision."):
             continue
         if not module.name.startswith("citybrain.db") and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
