@@ -100,6 +100,8 @@ class Disturbed:
 
     def _counted(self, name: str) -> int:
         path = self.runtime.layout.run / f"{name}.heartbeat.json"
+        if not path.exists():  # it was ended before it said anything
+            return 0
         return msgspec.json.decode(path.read_bytes(), type=Heartbeat).counters.get("rebalances_total", 0)
 
 
