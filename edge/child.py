@@ -87,14 +87,14 @@ class Child:
         self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
         self._writing = threading.Lock()
+        self._early: list[Downward] | None = []  # what was told before the process was there; None once it is
 
     def attend(self, mailbox: Mailbox) -> None:
         """Start it, and take what it says until it ends; raises Unavailable with its last words."""
         argv = [sys.executable, "-m", "edge.child"]
         with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             self._process = process
-            self.tell(Clocked(ahead_ms(self._clock)))
-            self.tell(self._first)
+            self._begin(process)
             if mailbox.stopping:
                 self.tell(Stop())
             why = self._listen(mailbox)
@@ -103,6 +103,14 @@ class Child:
                 process.stdin.close()
         if not mailbox.stopping:
             raise Unavailable(why or f"its process ended with code {process.returncode}")
+
+    def _begin(self, process: subprocess.Popen[bytes]) -> None:
+        """Tell it what time it is and what it is to do, then what was told meanwhile."""
+        assert process.stdin is not None
+        with self._writing, suppress(OSError):  # gone at once: `_listen` says why
+            early, self._early = self._early or [], None
+            for message in (Clocked(ahead_ms(self._clock)), self._first, *early):
+                send(process.stdin, message)
 
     def _listen(self, mailbox: Mailbox) -> str:
         assert self._process is not None
@@ -120,15 +128,13 @@ class Child:
         return why
 
     def tell(self, message: Downward) -> None:
-        """Send a message down; where the process is gone or not there yet, nobody listens."""
-        process = self._process
-        if process is None or process.stdin is None:
-            return
+        """Send a message down, once the process is there; where it is gone, nobody listens."""
         with self._writing:
-            try:
-                send(process.stdin, message)
-            except (OSError, ValueError):
-                return
+            if self._early is not None:
+                self._early.append(message)
+            elif self._process is not None and self._process.stdin is not None:
+                with suppress(OSError, ValueError):
+                    send(self._process.stdin, message)
 
     def kill(self) -> None:
         """End it at once."""

@@ -249,3 +249,19 @@ def test_one_device_of_two_drivers_is_refused() -> None:
     twice = (driver("a"), Configured("b", THREAD, driver_in_thread.Config("dev-a")))
     with pytest.raises(ConfigError, match=r"drivers\.b: device 'dev-a' is already of a"):
         Hosts(twice, Counters("gateway"), system_clock())
+
+
+@pytest.mark.parametrize("module", [THREAD, PROCESS])
+def test_what_is_asked_at_once_is_answered_as_soon_as_the_driver_is_there(boxes: list[Box], module: str) -> None:
+    box = Box(driver("a", module=module))
+    boxes.append(box)
+    box.poll()
+    assert box.hosts.ask(Request("early", "sample", "dev-a"))
+    answers: list[Answer] = []
+
+    def answered() -> bool:
+        answers.extend(box.hosts.answers())
+        return bool(answers)
+
+    box.until(answered, what="the answer")
+    assert [answer.request for answer in answers] == ["early"]
