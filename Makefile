@@ -33,7 +33,7 @@ soak: $(STAMP)
 
 # Needs `uv` on the PATH; the lock files name no index address.
 lock:
-	for extra in pi camera server kafka dev; do \
+	for extra in pi vibration camera server kafka dev; do \
 	  uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-package citybrain-senses \
 	    --no-header --no-annotate --extra $$extra pyproject.toml -o requirements/$$extra.lock || exit 1; done
 
