@@ -25,7 +25,6 @@ from citybrain.db.migrations import upgrade
 from citybrain.db.store import open_store
 from citybrain.layout import Layout, Run
 from citybrain.mailbox import Mailbox, command
-from streams.logs import LogReader
 from streams.registry import encode_registry
 from streams.ruleset import encode_ruleset
 from streams.runtimes.broker import broker_command, mosquitto
@@ -175,7 +174,6 @@ class Site:
         self._net = lines
         self._rate, self._causes, self._seed = rate, causes, seed
         self.address = self.stored_url = ""
-        self._tails: list[LogReader] = []
         self.books: Engine  # the desk's database, to read; behind the lines
         self._server: Server | None = None
         self._database: Callable[[int], str]  # by the port it is reached at
@@ -310,11 +308,7 @@ class Site:
 
     def log_ends(self) -> list[int]:
         """Return the offset behind the last record of each shard's log now."""
-        tails = self._tails = self._tails or [self.store.reader("log", shard) for shard in range(SHARDS)]
-        for tail in tails:
-            while tail.read():
-                pass
-        return [tail.offset for tail in tails]
+        return [self.store.end("log", shard) for shard in range(SHARDS)]
 
     def platform_cases(self) -> list[dict[str, Any]]:
         """Return what the grid platform holds."""
