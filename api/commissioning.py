@@ -24,8 +24,12 @@ from api.pki.journal import Issued
 from api.readings import Latest
 from api.routes.commands import store
 from api.site import Site
-from citybrain.errors import UsageError
+from citybrain.errors import NotFound, UsageError
+from citybrain.layout import Layout, blob_name
 from citybrain.mailbox import Command
+
+MAX_PHOTO = 2 * 1024 * 1024  # bytes
+PICTURES = (b"\xff\xd8\xff", b"\x89PNG")  # how a JPEG and a PNG begin
 
 
 class Sealed(BaseModel):
@@ -33,6 +37,7 @@ class Sealed(BaseModel):
 
     sheet: str = Field(max_length=512 * 1024, description="JSON text")
     signature: str = Field(max_length=4096, description="JWS, ES256, content detached: header..signature")
+    photo: str = Field(default="", max_length=MAX_PHOTO * 4 // 3 + 4, description="the picture it names, in base64")
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -89,12 +94,44 @@ def commissioned(site: Site, authority: Authority, box: Issued, sealed: Sealed) 
         raise UsageError("sheet technician: say who commissions")
     if not (-180 <= sheet.lon <= 180 and -90 <= sheet.lat <= 90):
         raise UsageError(f"sheet lon, lat: {sheet.lon}, {sheet.lat} are not degrees")
-    content = site.layout.put_blob(msgspec.json.encode({**sealed.model_dump(), "serial": box.serial}))
+    photo = photo_of(sheet, sealed)
+    if photo:
+        site.layout.put_blob(photo)
+    kept = {**sealed.model_dump(exclude={"photo"}), "serial": box.serial}
+    content = site.layout.put_blob(msgspec.json.encode(kept))
     seen = [point.device for point in sheet.points if point.seen_at is not None]
     body: dict[str, Any] = {"gateway": box.name, "sheet": content, "devices": seen, "lon": sheet.lon, "lat": sheet.lat}
+    body["photo"] = sheet.photo
     made = Command(content[:24], "gateway_commission", sheet.technician, site.clock.now_ms(), body, sheet.note)
     store(site, site.desk, made)
     return made.id
+
+
+def photo_of(sheet: Sheet, sealed: Sealed) -> bytes:
+    """Return the picture that a sheet names, empty where it names none; raises UsageError where it is another."""
+    try:
+        photo = base64.b64decode(sealed.photo, validate=True)
+    except binascii.Error:
+        raise UsageError("photo: expected base64") from None
+    if bool(photo) != bool(sheet.photo) or (photo and blob_name(photo) != sheet.photo):
+        raise UsageError(f"photo: it is not the one that the sheet names ({sheet.photo[:64] or 'none'})")
+    if photo and not photo.startswith(PICTURES):
+        raise UsageError("photo: expected a JPEG or PNG picture")
+    return photo
+
+
+def kept_photo(layout: Layout, sheet: str) -> bytes:
+    """Return the photo of a kept sheet, by the sheet's hash; raises NotFound, also where it has none."""
+    if len(sheet) != 64 or not set(sheet) <= set("0123456789abcdef"):
+        raise NotFound(f"sheet {sheet[:80]!r}: want a SHA-256 in hex")
+    try:
+        kept = msgspec.json.decode(layout.get_blob(sheet), type=dict[str, Any])
+        said = msgspec.json.decode(str(kept["sheet"]), type=Sheet)
+    except (msgspec.DecodeError, KeyError):
+        raise NotFound(f"sheet {sheet}: that content is no commissioning sheet") from None
+    if not said.photo:
+        raise NotFound(f"sheet {sheet}: it came without a photo")
+    return layout.get_blob(said.photo)
 
 
 def verify(sealed: Sealed, key: Any) -> None:

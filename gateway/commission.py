@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from base64 import b64encode
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from citybrain.cli import emit
 from citybrain.clock import iso, monotonic_s, real_unix_ms, wait_s
 from citybrain.errors import EXIT_FAILED, UsageError
 from citybrain.storage import OS_FILES
+from citybrain.wire import blob_sha256
 from gateway.nmea import position_of
 from gateway.renew import caller_of
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from gateway.centre import Caller
     from gateway.identity import Identity
 
+PICTURES = (b"\xff\xd8\xff", b"\x89PNG")  # how a JPEG and a PNG begin
+MAX_PHOTO = 2 * 1024 * 1024  # bytes; what a telephone's camera app calls "medium" [U]
 APPLIED_S = 10.0  # how long the desk's decision is waited for
 
 
@@ -54,21 +58,36 @@ def points_of(caller: Caller, gateway: str) -> Points:
     return caller.call("GET", f"/v1/gateways/{gateway}/points", Points)
 
 
-def sheet(found: Points, technician: str, position: tuple[float, float], note: str) -> bytes:
-    """Return a sheet's text. `position`: longitude, latitude in degrees (WGS 84)."""
+def sheet(found: Points, technician: str, position: tuple[float, float], note: str, photo: bytes = b"") -> bytes:
+    """Return a sheet's text. `position`: longitude, latitude in degrees (WGS 84); `photo` is named by its SHA-256."""
     points = [{"device": one.device, "sensor": one.sensor, "seen_at": one.seen_at} for one in found.points]
     said = {"gateway": found.gateway, "technician": technician, "at": real_unix_ms(), "note": note}
-    return msgspec.json.encode({**said, "lon": position[0], "lat": position[1], "points": points})
+    return msgspec.json.encode(
+        {**said, "lon": position[0], "lat": position[1], "points": points, "photo": blob_sha256(photo) if photo else ""}
+    )
 
 
-def send(caller: Caller, identity: Identity, root: Path, text: bytes) -> str:
-    """Sign a sheet, keep it under `commissioning/`, and send it; return the command's id."""
-    sealed = {"sheet": text.decode(), "signature": identity.seal(text)}
+def send(caller: Caller, identity: Identity, root: Path, text: bytes, photo: bytes = b"") -> str:
+    """Sign a sheet, keep it with its photo under `commissioning/`, and send both; return the command's id."""
+    sealed = {"sheet": text.decode(), "signature": identity.seal(text), "photo": b64encode(photo).decode()}
     folder = root / "commissioning"
     OS_FILES.make(folder)
     OS_FILES.replace(folder / f"{real_unix_ms()}.json", msgspec.json.encode(sealed))
     path = f"/v1/gateways/{identity.centre.gateway}/commissioning"
     return caller.call("POST", path, Accepted, sealed).command
+
+
+def read_photo(path: Path) -> bytes:
+    """Return a picture's bytes; raises UsageError where it is none, or larger than the centre takes."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"--photo {path}: {error.strerror or error}") from None
+    if not content.startswith(PICTURES):
+        raise UsageError(f"--photo {path}: expected a JPEG or PNG picture")
+    if len(content) > MAX_PHOTO:
+        raise UsageError(f"--photo {path}: {len(content)} bytes, at most {MAX_PHOTO} are taken; make it smaller")
+    return content
 
 
 def parse_gps(text: str) -> tuple[float, float]:
@@ -92,6 +111,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gps", metavar="LON,LAT", help="where the box stands, degrees")
     parser.add_argument("--nmea", metavar="PORT", help="or the serial port of a GPS receiver")
     parser.add_argument("--partial", action="store_true", help="although some points were not seen: they stay on trial")
+    parser.add_argument("--photo", metavar="FILE", type=Path, help="a picture of the cabinet, JPEG or PNG, up to 2 MB")
     parser.add_argument("--note", default="", help="what else the centre should know")
 
 
@@ -110,8 +130,9 @@ def run(args: argparse.Namespace) -> int:
         return _said(told | {"sent": False}, args, EXIT_FAILED if missing else 0)
     if missing and not args.partial:
         return _said(told | {"sent": False, "what": "not seen; see to them, or say --partial"}, args, EXIT_FAILED)
-    text = sheet(found, args.technician, _position(args), args.note)
-    told |= {"sent": True, "command": send(caller, identity, args.data, text)}
+    photo = read_photo(args.photo) if args.photo else b""
+    text = sheet(found, args.technician, _position(args), args.note, photo)
+    told |= {"sent": True, "command": send(caller, identity, args.data, text, photo)}
     told["on_trial"] = _on_trial(caller, found)
     return _said(told, args, 0)
 

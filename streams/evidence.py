@@ -161,6 +161,8 @@ class EvidenceStore:
 
     def viewed(self, view: View) -> None:
         """Note, durably, that somebody is shown something; raises StorageError, and then nothing is to be shown."""
+        if not self._files.size(self.folder / VIEWS):
+            self._files.make(self.folder)  # a commissioning photo may be the first that is ever shown
         handle = self._files.append(self.folder / VIEWS)
         try:
             handle.write(b"\n" + msgspec.json.encode(view))  # first the end of a line that a kill left half written

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import tty
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from api.pki.ca import Authority, Setting
 from citybrain.cli import main
 from citybrain.clock import DAY_MS, real_unix_ms
 from citybrain.errors import TransitionError, Unavailable, UsageError
-from gateway.commission import Accepted, parse_gps, points_of, send, sheet
+from citybrain.wire import blob_sha256
+from gateway.commission import MAX_PHOTO, Accepted, parse_gps, points_of, read_photo, send, sheet
 from gateway.enrol import enrol, read_invitation
 from gateway.identity import Identity
 from gateway.nmea import parse, position_of
 from gateway.renew import caller_of
+from streams.evidence import EvidenceStore
 from streams.runtimes.supervisor import accepts
 from tests.conftest import end, eventually, unused_port
 from tests.seeded_site import Seeded, process, seeded
@@ -159,6 +162,58 @@ def test_a_sheet_that_was_changed_or_is_anothers_is_refused(site: Seeded, box: P
     stranger = Identity(enrolled(site, tmp_path, "gw-02"))
     with pytest.raises(TransitionError, match="your certificate is gw-02's"):
         points_of(caller_of(stranger, real_unix_ms()), "gw-01")
+
+
+def test_a_photo_is_kept_with_its_sheet_and_shown_to_a_named_person(
+    site: Seeded, box: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "cabinet.jpg"
+    picture.write_bytes(b"\xff\xd8\xff" + os.urandom(300_000))
+    words = ("--technician", "王工", *GPS, "--partial", "--photo", str(picture))
+    code, told, err = cli(capsys, box, *words)
+    assert (code, told["sent"]) == (0, True), err
+    details = httpx.get(f"{site.url}/v1/assets/gw-01", trust_env=False).json()["steps"][-1]["details"]
+    assert details["photo"] == blob_sha256(picture.read_bytes())
+    url = f"{site.url}/v1/evidence/commissioning/{details['sheet']}"
+    assert httpx.get(url, trust_env=False).status_code == 400, "nobody says who asks"
+    shown = httpx.get(url, params={"actor": "li"}, trust_env=False)
+    assert (shown.status_code, shown.headers["content-type"]) == (200, "image/jpeg")
+    assert shown.content == picture.read_bytes()
+    assert [view.actor for view in EvidenceStore(site.layout.evidence).views(details["photo"])] == ["li"]
+    for unknown in ("0" * 64, details["photo"], "../run/run.json"):
+        answer = httpx.get(f"{site.url}/v1/evidence/commissioning/{quote(unknown, safe='')}?actor=li", trust_env=False)
+        assert answer.status_code == 404, unknown
+    size = len(json.dumps(msgspec.json.decode(site.layout.get_blob(details["sheet"]))))
+    assert size < 100_000, "the sheet is kept without the picture, which stands beside it"
+
+
+def test_a_photo_that_is_another_or_none_is_refused(site: Seeded, box: Path, tmp_path: Path) -> None:
+    identity = Identity(box)
+    caller = caller_of(identity, real_unix_ms())
+    found, jpeg = points_of(caller, "gw-01"), b"\xff\xd8\xff one"
+    path = "/v1/gateways/gw-01/commissioning"
+
+    def refused(named: bytes, photo: str) -> str:
+        text = sheet(found, "li", (120.0, 31.0), "", named)
+        with pytest.raises(TransitionError) as caught:
+            caller.call(
+                "POST", path, Accepted, {"sheet": text.decode(), "signature": identity.seal(text), "photo": photo}
+            )
+        return str(caught.value)
+
+    other = b64encode(b"\xff\xd8\xff other").decode()
+    assert "not the one that the sheet names" in refused(jpeg, other)
+    assert "not the one that the sheet names" in refused(jpeg, "")
+    assert "not the one that the sheet names (none)" in refused(b"", other)
+    assert "expected base64" in refused(jpeg, "%%%")
+    assert "expected a JPEG or PNG" in refused(b"GIF89a", b64encode(b"GIF89a").decode())
+    large = tmp_path / "large.png"
+    large.write_bytes(b"\x89PNG" + bytes(MAX_PHOTO))
+    text = tmp_path / "text.jpg"
+    text.write_text("no picture")
+    for file, says in ((large, "at most 2097152"), (text, "expected a JPEG or PNG"), (tmp_path / "gone", "No such")):
+        with pytest.raises(UsageError, match=says):
+            read_photo(file)
 
 
 def test_a_position_is_needed(site: Seeded, box: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -265,6 +265,7 @@ class Sheet(msgspec.Struct, frozen=True):
     devices: tuple[str, ...]
     lon: float
     lat: float
+    photo: str = ""  # its hash
 
 
 def commission_gateway(book: Book, wish: Sheet) -> Changes:
@@ -286,7 +287,13 @@ def commission_gateway(book: Book, wish: Sheet) -> Changes:
     if own is not None:
         moved = ASSET.move(own.state, "activate" if own.state == "commissioning" else "edit")
         after.append(msgspec.structs.replace(own, state=moved.after))
-        notes.append(Note(own.code, moved, {**details, "lon": wish.lon, "lat": wish.lat, "devices": len(wish.devices)}))
+        notes.append(
+            Note(
+                own.code,
+                moved,
+                {**details, "lon": wish.lon, "lat": wish.lat, "devices": len(wish.devices), "photo": wish.photo},
+            )
+        )
     return Changes(book.version, tuple({one.code: one for one in after}.values()), notes=tuple(notes))
 
 

@@ -15,6 +15,7 @@ from api.routes import answers
 from api.routes.commands import Actor, actor_of
 from api.site import Here, Problem, Site
 from citybrain.errors import NotFound
+from citybrain.wire import blob_sha256
 from streams.evidence import About, EvidenceStore, Expired, View
 
 router = APIRouter(prefix="/v1/evidence", tags=["evidence"])
@@ -79,9 +80,23 @@ def get_evidence(
         raise Problem(404, "not_found", f"evidence {about.sha256}", str(missing)) from None
     store.viewed(View(about.sha256, who, site.clock.now_ms(), why, about.unmasked))
     site.counters.add("evidence_viewed_total")
-    media = next((kind for magic, kind in MEDIA if content.startswith(magic)), "application/octet-stream")
-    headers = {"cache-control": "no-store", "x-content-type-options": "nosniff", "x-sha256": about.sha256}
-    return Response(content, media_type=media, headers=headers)
+    return _picture(content, about.sha256)
+
+
+@router.get("/commissioning/{sheet}", response_class=Response, responses={**REFUSED, **SHOWN})
+def get_photo(site: Here, sheet: str, *, actor: Annotated[str, AS_ACTOR] = "", x_actor: Actor = None) -> Response:
+    """Show the photo that came with a commissioning sheet, named by the sheet's SHA-256; kept as long as the sheet."""
+    from api.commissioning import kept_photo  # noqa: PLC0415  cryptography, which an API without boxes is to do without
+
+    who = actor_of(x_actor, actor)
+    try:
+        content = kept_photo(site.layout, sheet)
+    except NotFound as missing:
+        raise Problem(404, "not_found", f"sheet {sheet[:80]}", str(missing)) from None
+    view = View(blob_sha256(content), who, site.clock.now_ms(), "commissioning", unmasked=False)
+    EvidenceStore(site.layout.evidence).viewed(view)
+    site.counters.add("evidence_viewed_total")
+    return _picture(content, view.sha256)
 
 
 @router.get("/{name}/about", responses=REFUSED)
@@ -105,6 +120,12 @@ def get_by_number(site: Here, number: float) -> Evidence:
     if not (0 <= number < 2**52 and number == int(number)):
         raise Problem(404, "not_found", f"evidence number {number:g}", "it is a whole number below 2^52")
     return get_about(site, f"{int(number):013x}")
+
+
+def _picture(content: bytes, sha256: str) -> Response:
+    media = next((kind for magic, kind in MEDIA if content.startswith(magic)), "application/octet-stream")
+    headers = {"cache-control": "no-store", "x-content-type-options": "nosniff", "x-sha256": sha256}
+    return Response(content, media_type=media, headers=headers)
 
 
 def _find(site: Site, name: str) -> tuple[EvidenceStore, About]:
