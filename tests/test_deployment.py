@@ -260,7 +260,7 @@ def test_postgresql_starts_with_ours() -> None:
         subprocess.run(make, check=True, capture_output=True, cwd=folder, **not_root())
         argv = [str(programs / "postgres"), "-D", str(data), "-c", f"config_file={folder / 'ours.conf'}"]
         asked = [*argv, "-C", "synchronous_commit"]
-        told = subprocess.run(asked, capture_output=True, text=True, check=False, **not_root())
+        told = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=folder, **not_root())
         assert (told.returncode, told.stdout.strip(), told.stderr) == (0, "on", "")
         argv += ["-c", "unix_socket_directories="]
         with subprocess.Popen(argv, stderr=subprocess.DEVNULL, cwd=folder, **not_root()) as process:

@@ -89,6 +89,12 @@ def play(layout: Layout, server: Victoria) -> None:
         os.kill(simulate, signal.SIGCONT)
     eventually(lambda: beat(layout, "influx").counters.get("values_total", 0) > 1000, 60, "values in the server")
     scrape(layout, server)
+    before = beat(layout, "desk").counters  # a rate needs something to happen between two scrapes that both know of it
+    grown = ("transitions_total", "delivered_total")
+    eventually(
+        lambda: all(beat(layout, "desk").counters.get(name, 0) > before.get(name, 0) for name in grown), 120, f"{grown}"
+    )
+    scrape(layout, server)
 
 
 @pytest.fixture(scope="module")
