@@ -26,7 +26,8 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/pytest -m "not soak" -n 4 --dist loadfile
+	$(BIN)/pytest -m "alone and not soak"
+	$(BIN)/pytest -m "not soak and not alone" -n 4 --dist loadfile
 
 soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 3600

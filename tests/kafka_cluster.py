@@ -71,6 +71,14 @@ def artifacts() -> str:
     return f"{CACHE / 'lib'}/*"
 
 
+def _state(thread: Path) -> str:
+    """Return a thread's state as /proc has it, `T` where it is stopped or gone."""
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "T"
+
+
 class Broker:
     """One broker process of a cluster."""
 
@@ -131,8 +139,12 @@ class Broker:
             )
 
     def signal(self, number: signal.Signals) -> None:
+        """Send a signal; SIGSTOP returns once every thread stands still, so that nothing is answered any more."""
         assert self.process is not None
         self.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            threads = Path(f"/proc/{self.process.pid}/task")
+            eventually(lambda: all(_state(each) == "T" for each in threads.iterdir()), 10, "a broker that stands still")
 
     def kill(self) -> None:
         """End it as a crash would; what it had not told the disk stays in the page cache, as in a real crash."""

@@ -410,6 +410,7 @@ FEW = [
 ]
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(280)
 def test_a_few_faults_lose_double_and_forget_nothing(tmp_path: Path) -> None:
     artifacts()  # each of these skips here, or fails in CI, where its part cannot be had
