@@ -403,8 +403,8 @@ def state(pid: int) -> str:
 FEW = [
     Fault("worker", "worker-a", "kill", 0.5, silent=False),
     Fault("kafka", "kafka-1", "kill", 1.0, silent=False),
-    Fault("ingest", "ingest-1", "stop", 2.0, silent=False),
-    Fault("postgres", "postgres", "stop", 1.5, silent=False),
+    Fault("ingest", "ingest-1", "stop", 4.0, silent=False),
+    Fault("postgres", "postgres", "stop", 3.0, silent=False),
     Fault("influx", "victoria", "kill", 0.5, silent=False, felt="influx"),
     Fault("desk", HOLDER, "kill", 0.5, silent=False),
 ]
@@ -422,5 +422,5 @@ def test_a_few_faults_lose_double_and_forget_nothing(tmp_path: Path) -> None:
     assert result["causes"] > 2 * len(FEW)
     assert result["produced"] == result["logged"] > result["causes"]
     # A fault that nobody felt would prove nothing: who is stopped keeps causes waiting as long.
-    assert result["by_kind"]["ingest stop"]["lag_s_max"] > 1.0
-    assert result["by_kind"]["postgres stop"]["lag_s_max"] > 0.5
+    assert result["by_kind"]["ingest stop"]["lag_s_max"] > 0.5
+    assert result["by_kind"]["postgres stop"]["lag_s_max"] > 0.3
