@@ -15,7 +15,7 @@ from edge.vision.health import Trouble
 from edge.vision.scene import Region
 from edge.vision.watch import Look, Watch, Watched
 
-DATA = Path("/work/shared/data/camera_video")
+DATA = Path(__file__).parents[2] / "shared" / "data" / "camera_video"  # beside the project; absent: skipped
 CARS, WORKER = "car-detection.mp4", "worker-zone-detection.gif"
 WHOLE = ((0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98))
 ASIDE = ((0.75, 0.4), (1.0, 0.4), (1.0, 1.0), (0.75, 1.0))  # nobody is there in either clip
