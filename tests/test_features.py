@@ -27,7 +27,7 @@ from tests.line_site import LineSite
 
 RATE_HZ = 1000.0
 TIME_S = np.arange(4000) / RATE_HZ
-SKAB = Path(os.environ.get("SKAB", Path(__file__).parents[1] / "shared/data/skab"))
+SKAB = Path(os.environ.get("SKAB", Path(__file__).parents[2] / "shared/data/skab"))
 WINDOWS = arrays(np.float64, st.integers(16, 257), elements=st.floats(-8, 8))
 
 
