@@ -27,9 +27,7 @@ from api.site import Site
 from citybrain.errors import NotFound, UsageError
 from citybrain.layout import Layout, blob_name
 from citybrain.mailbox import Command
-
-MAX_PHOTO = 2 * 1024 * 1024  # bytes
-PICTURES = (b"\xff\xd8\xff", b"\x89PNG")  # how a JPEG and a PNG begin
+from citybrain.pictures import MAX_PHOTO, media_type
 
 
 class Sealed(BaseModel):
@@ -115,7 +113,7 @@ def photo_of(sheet: Sheet, sealed: Sealed) -> bytes:
         raise UsageError("photo: expected base64") from None
     if bool(photo) != bool(sheet.photo) or (photo and blob_name(photo) != sheet.photo):
         raise UsageError(f"photo: it is not the one that the sheet names ({sheet.photo[:64] or 'none'})")
-    if photo and not photo.startswith(PICTURES):
+    if photo and media_type(photo) is None:
         raise UsageError("photo: expected a JPEG or PNG picture")
     return photo
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -33,32 +33,32 @@ class Answer(msgspec.Struct, frozen=True):
     at: int = 0
 
 
+T = TypeVar("T")
 _order = msgspec.json.Decoder(Order)
 _answer = msgspec.json.Decoder(Answer)
 
 
 def decode_order(payload: bytes) -> Order:
     """Decode what came on `…/command`; raises WireError(`malformed`)."""
-    if len(payload) > MOST_BYTES:
-        raise WireError("malformed", f"command: {len(payload)} bytes, at most {MOST_BYTES} are taken")
-    try:
-        order = _order.decode(payload)
-    except NOT_JSON as error:
-        raise WireError("malformed", f"command: {error}") from None
+    order = _decoded(_order, payload, "command")
     _checked(order.id, "command")
     return order
 
 
 def decode_answer(payload: bytes) -> Answer:
     """Decode what came on `…/reply`; raises WireError(`malformed`)."""
-    if len(payload) > MOST_BYTES:
-        raise WireError("malformed", f"reply: {len(payload)} bytes, at most {MOST_BYTES} are taken")
-    try:
-        answer = _answer.decode(payload)
-    except NOT_JSON as error:
-        raise WireError("malformed", f"reply: {error}") from None
+    answer = _decoded(_answer, payload, "reply")
     _checked(answer.id, "reply")
     return msgspec.structs.replace(answer, text=answer.text[:MOST_TEXT])
+
+
+def _decoded(decoder: msgspec.json.Decoder[T], payload: bytes, what: str) -> T:
+    if len(payload) > MOST_BYTES:
+        raise WireError("malformed", f"{what}: {len(payload)} bytes, at most {MOST_BYTES} are taken")
+    try:
+        return decoder.decode(payload)
+    except NOT_JSON as error:
+        raise WireError("malformed", f"{what}: {error}") from None
 
 
 def _checked(id: str, what: str) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from citybrain.cli import emit
 from citybrain.clock import iso, monotonic_s, real_unix_ms, wait_s
 from citybrain.errors import EXIT_FAILED, UsageError
+from citybrain.pictures import MAX_PHOTO, media_type
 from citybrain.storage import OS_FILES
 from citybrain.wire import blob_sha256
 from gateway.nmea import position_of
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from gateway.centre import Caller
     from gateway.identity import Identity
 
-PICTURES = (b"\xff\xd8\xff", b"\x89PNG")  # how a JPEG and a PNG begin
-MAX_PHOTO = 2 * 1024 * 1024  # bytes; what a telephone's camera app calls "medium" [U]
 APPLIED_S = 10.0  # how long the desk's decision is waited for
 
 
@@ -83,7 +82,7 @@ def read_photo(path: Path) -> bytes:
         content = path.read_bytes()
     except OSError as error:
         raise UsageError(f"--photo {path}: {error.strerror or error}") from None
-    if not content.startswith(PICTURES):
+    if media_type(content) is None:
         raise UsageError(f"--photo {path}: expected a JPEG or PNG picture")
     if len(content) > MAX_PHOTO:
         raise UsageError(f"--photo {path}: {len(content)} bytes, at most {MAX_PHOTO} are taken; make it smaller")

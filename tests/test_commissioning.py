@@ -25,8 +25,9 @@ from api.pki.ca import Authority, Setting
 from citybrain.cli import main
 from citybrain.clock import DAY_MS, real_unix_ms
 from citybrain.errors import TransitionError, Unavailable, UsageError
+from citybrain.pictures import MAX_PHOTO
 from citybrain.wire import blob_sha256
-from gateway.commission import MAX_PHOTO, Accepted, parse_gps, points_of, read_photo, send, sheet
+from gateway.commission import Accepted, parse_gps, points_of, read_photo, send, sheet
 from gateway.enrol import enrol, read_invitation
 from gateway.identity import Identity
 from gateway.nmea import parse, position_of

@@ -15,6 +15,7 @@ from api.routes import answers
 from api.routes.commands import Actor, actor_of
 from api.site import Here, Problem, Site
 from citybrain.errors import NotFound
+from citybrain.pictures import media_type
 from citybrain.wire import blob_sha256
 from streams.evidence import About, EvidenceStore, Expired, View
 
@@ -26,7 +27,6 @@ REFUSED: dict[int | str, dict[str, Any]] = {
     410: {"model": answers.Refusal, "description": "it was kept as long as configured, and removed"},
 }
 SHOWN: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}, "application/octet-stream": {}}}}
-MEDIA = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG", "image/png"))
 AS_ACTOR = Query(max_length=200, description="who asks, where a header cannot be sent: as in an <img>")
 WHY = Query(max_length=500, description="why; mandatory for what is unmasked")
 
@@ -123,7 +123,7 @@ def get_by_number(site: Here, number: float) -> Evidence:
 
 
 def _picture(content: bytes, sha256: str) -> Response:
-    media = next((kind for magic, kind in MEDIA if content.startswith(magic)), "application/octet-stream")
+    media = media_type(content) or "application/octet-stream"
     headers = {"cache-control": "no-store", "x-content-type-options": "nosniff", "x-sha256": sha256}
     return Response(content, media_type=media, headers=headers)
 

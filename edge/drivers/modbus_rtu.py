@@ -24,7 +24,7 @@ from pymodbus.pdu import DecodePDU
 
 from citybrain.clock import monotonic_s, wait_until_s
 from citybrain.config import Duration
-from edge.driver import Host, Quality
+from edge.driver import Quality
 from edge.drivers.modbus import (
     DEADLINE_S,
     REQUESTS,
@@ -208,17 +208,6 @@ class SerialLine:
                 return told
 
 
-class Driver:
-    """One bus."""
-
-    def __init__(self, name: str, config: Config) -> None:
-        self._bus = Bus(name, SerialLine(config), config.devices_, config.maps, config.interval)
-
-    def run(self, host: Host) -> None:
-        """Ask until the host ends it."""
-        self._bus.run(host)
-
-
-def make(name: str, config: Config) -> Driver:
+def make(name: str, config: Config) -> Bus:
     """Make the driver of one bus."""
-    return Driver(name, config)
+    return Bus(name, SerialLine(config), config.devices_, config.maps, config.interval)

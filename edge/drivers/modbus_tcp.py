@@ -20,7 +20,7 @@ from pymodbus.pdu import DecodePDU
 
 from citybrain.clock import monotonic_s
 from citybrain.config import Duration
-from edge.driver import Host, Quality
+from edge.driver import Quality
 from edge.drivers.modbus import (
     DEADLINE_S,
     REQUESTS,
@@ -130,17 +130,6 @@ def _evaluate(unit: int, frame: bytes, unit_id: int, block: Block) -> bytes | Tr
     return frame[2:]
 
 
-class Driver:
-    """One server."""
-
-    def __init__(self, name: str, config: Config) -> None:
-        self._bus = Bus(name, TcpLine(config), config.devices_, config.maps, config.interval)
-
-    def run(self, host: Host) -> None:
-        """Ask until the host ends it."""
-        self._bus.run(host)
-
-
-def make(name: str, config: Config) -> Driver:
+def make(name: str, config: Config) -> Bus:
     """Make the driver of one server."""
-    return Driver(name, config)
+    return Bus(name, TcpLine(config), config.devices_, config.maps, config.interval)
