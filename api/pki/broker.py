@@ -18,12 +18,12 @@ import msgspec
 
 from citybrain.errors import ConfigError, StorageError
 from citybrain.storage import OS_FILES
+from streams.runtimes.broker import WHOLE_BROKER
 
 if TYPE_CHECKING:
     from api.pki.ca import Authority
     from api.pki.journal import Book
 
-MAX_PACKET = 2 * 1024 * 1024  # more than any frame: ingest, not the broker, refuses and counts the oversized ones
 INGEST = "service-ingest"
 PID = "mosquitto.pid"
 UP = ("telemetry", "event", "blob", "status", "reply")
@@ -41,24 +41,13 @@ class BrokerFolder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def configuration(folder: BrokerFolder) -> str:
-    """Return a whole mosquitto.conf, for a mosquitto that `citybrain run` does not start.
-
-    The broker's PUBACK is never trusted (docs/wire.md), so nothing is kept on disk. Its default bound of 1,000 queued
-    messages silently loses half of a burst (measured): 0 lifts it; the gateways' windows bound the queue instead.
-    """
+    """Return a whole mosquitto.conf, for a mosquitto that `citybrain run` does not start."""
     at = Path(folder.path)
     lines = [
         "# Written by `citybrain ca broker`; changes are lost with the next one.",
         "per_listener_settings true",
         f"pid_file {at / PID}",
-        "persistence false",
-        "max_queued_messages 0",
-        "max_inflight_messages 0",
-        f"max_packet_size {MAX_PACKET}",
-        "set_tcp_nodelay true",
-        "log_dest stderr",
-        "log_timestamp_format %Y-%m-%dT%H:%M:%S",
-        *(f"log_type {kind}" for kind in ("error", "warning", "notice")),
+        *WHOLE_BROKER,
         *([f"user {folder.user}"] if folder.user else []),
     ]
     if folder.loopback_port:

@@ -27,6 +27,19 @@ from citybrain.storage import OS_FILES
 HOST = "127.0.0.1"
 MAX_PACKET = 2 * 1024 * 1024  # more than any frame: ingest, not the broker, refuses and counts the oversized ones
 BOXES, LISTENER = "boxes", "listener.conf"  # below DATA/broker, where there is a certificate authority
+# What holds for every mosquitto of ours, whoever may reach it. The broker's PUBACK is never trusted (docs/wire.md), so
+# persistence would only cost time. Its default bound of 1,000 queued messages silently loses half of a burst after the
+# publisher was acked (measured): 0 lifts it; the gateways' windows bound the queue instead.
+WHOLE_BROKER = (
+    "persistence false",
+    "max_queued_messages 0",
+    "max_inflight_messages 0",
+    f"max_packet_size {MAX_PACKET}",
+    "set_tcp_nodelay true",
+    "log_dest stderr",
+    "log_timestamp_format %Y-%m-%dT%H:%M:%S",
+    *(f"log_type {kind}" for kind in ("error", "warning", "notice")),
+)
 AUTHENTICATION = "streams.runtimes.broker_authentication.Loopback"
 
 
@@ -36,25 +49,11 @@ def mosquitto() -> str | None:
 
 
 def mosquitto_configuration(port: int) -> str:
-    """Return a mosquitto configuration: loopback, nothing kept on disk, and no silent loss of a burst.
-
-    The broker's PUBACK is never trusted (docs/wire.md), so persistence would only cost time. Its default bound of 1,000
-    queued messages silently loses half of a burst after the publisher was acked (measured): 0 lifts it; the gateways'
-    windows bound the queue instead.
-    """
+    """Return a mosquitto configuration: loopback, nothing kept on disk, and no silent loss of a burst."""
     lines = [
         f"listener {port} {HOST}",
         "allow_anonymous true",
-        "persistence false",
-        "max_queued_messages 0",
-        "max_inflight_messages 0",
-        f"max_packet_size {MAX_PACKET}",
-        "set_tcp_nodelay true",
-        "log_dest stderr",
-        "log_timestamp_format %Y-%m-%dT%H:%M:%S",
-        "log_type error",
-        "log_type warning",
-        "log_type notice",
+        *WHOLE_BROKER,
     ]
     if os.geteuid() == 0:
         # Started as root mosquitto changes its user, and that makes the kernel forget that it must die with us.
