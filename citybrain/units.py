@@ -30,7 +30,7 @@ _ALL = (
     Metric("battery_v", "V", 0.0, 30.0, "电池电压", "battery"),
     Metric("temperature_c", "°C", -60.0, 200.0, "温度", "temperature"),
     Metric("vibration_rms_g", "g", 0.0, 50.0, "振动", "vibration"),
-    # Of a window of raw samples (edge.features): the worst axis, and up to four bands of frequencies.
+    # Of a window of raw samples (edge.signals.features): the worst axis, and up to four bands of frequencies.
     Metric("vibration_pp_g", "g", 0.0, 100.0, "振动峰峰值", "vibration peak to peak"),
     Metric("vibration_a95_g", "g", 0.0, 100.0, "振动 A95", "vibration A95"),
     Metric("vibration_crest", "1", 0.0, 1000.0, "振动峰值因数", "vibration crest factor"),

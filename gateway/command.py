@@ -20,9 +20,9 @@ ACTIONS = {
     "run": ("serve: drivers, spool, uplink, orders", "gateway.command"),
     "doctor": ("check everything that could keep this box from working", "gateway.doctor"),
     "status": ("say how the box is", "gateway.status"),
-    "enrol": ("get certificate and configuration for a one-time code", "gateway.enrol"),
-    "commission": ("has the platform seen every point? say so, signed", "gateway.commission"),
-    "renew": ("get the next certificate where that is due", "gateway.renew"),
+    "enrol": ("get certificate and configuration for a one-time code", "gateway.enrolment.enrol"),
+    "commission": ("has the platform seen every point? say so, signed", "gateway.enrolment.commission"),
+    "renew": ("get the next certificate where that is due", "gateway.enrolment.renew"),
 }
 
 

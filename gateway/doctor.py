@@ -134,8 +134,8 @@ def _group(path: Path) -> str:
 def _certificate(folder: Path, config: Any, now_ms: int) -> Look:
     if config.broker.tls is None:
         return
-    from gateway.certificate import read_certificate  # noqa: PLC0415
-    from gateway.tls import client_context, day  # noqa: PLC0415
+    from gateway.broker.certificate import read_certificate  # noqa: PLC0415
+    from gateway.broker.tls import client_context, day  # noqa: PLC0415
 
     tls = config.broker.tls.under(folder)
     try:
@@ -169,7 +169,7 @@ def _broker(folder: Path, config: Any, now_ms: int) -> Look:
         yield wrong("broker", host=host, port=port, address=address, why=error.strerror or error)
         return
     if config.broker.tls is not None:
-        from gateway.tls import refusal  # noqa: PLC0415
+        from gateway.broker.tls import refusal  # noqa: PLC0415
 
         refused = refusal(host, port, config.broker.tls.under(folder), now_ms)
         if refused:

@@ -20,7 +20,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from citybrain.clock import Clock, monotonic_s, real_unix_ms, system_clock
 from citybrain.wire import Status, encode_json, topic
-from gateway.dial import Broker, Dial
+from gateway.broker.dial import Broker, Dial
 from gateway.spool import Spool
 from gateway.uplink import Uplink
 

@@ -20,8 +20,8 @@ from citybrain.clock import real_unix_s
 from citybrain.errors import StorageError
 from citybrain.storage import OS_FILES, Files
 from citybrain.webhook import sign
-from gateway.cloud import CloudProcess
 from gateway.clouds.http import Limits, Refused, read_head
+from gateway.clouds.process import CloudProcess
 from tests.cloud_site import Client, CloudSite, imei, message
 from tests.conftest import eventually
 from tests.faulty_files import LossyFiles

@@ -27,11 +27,11 @@ from citybrain.clock import DAY_MS, real_unix_ms
 from citybrain.errors import TransitionError, Unavailable, UsageError
 from citybrain.pictures import MAX_PHOTO
 from citybrain.wire import blob_sha256
-from gateway.commission import Accepted, parse_gps, points_of, read_photo, send, sheet
-from gateway.enrol import enrol, read_invitation
-from gateway.identity import Identity
-from gateway.nmea import parse, position_of
-from gateway.renew import caller_of
+from gateway.enrolment.commission import Accepted, parse_gps, points_of, read_photo, send, sheet
+from gateway.enrolment.enrol import enrol, read_invitation
+from gateway.enrolment.identity import Identity
+from gateway.enrolment.nmea import parse, position_of
+from gateway.enrolment.renew import caller_of
 from streams.evidence import EvidenceStore
 from streams.runtimes.supervisor import accepts
 from tests.conftest import end, eventually, unused_port

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from citybrain.errors import ConfigError
-from edge.cabin import CERTAINTIES, Cabin, Delays, Trap
 from edge.driver import Quality
-from edge.kit import KitCar, Sample
+from edge.lifts.cabin import CERTAINTIES, Cabin, Delays, Trap
+from edge.lifts.kit import KitCar, Sample
 from simulators.lines.retrofit import LANDINGS, Broken, Journey, Tick, told
 from simulators.lines.talker import Talker, Told
 from tests.line_site import LineSite

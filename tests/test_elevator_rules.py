@@ -10,9 +10,9 @@ from api.assets.kinds import metrics_of
 from citybrain.clock import SECOND_MS
 from citybrain.layout import Layout
 from citybrain.model import Edge, Lane, Reading
-from edge.cabin import Delays
-from edge.controllers import ADAPTERS, Occurrence, RunState, car
-from edge.kit import KitCar, Sample
+from edge.lifts.cabin import Delays
+from edge.lifts.controllers import ADAPTERS, Occurrence, RunState, car
+from edge.lifts.kit import KitCar, Sample
 from rules.files import library
 from rules.scenarios import DEVICE, ORIGIN_MS, DeviceKind, Said, Script, run_script
 from simulators.lines.elevator import IDLE

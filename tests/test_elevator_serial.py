@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from citybrain.errors import ConfigError
 from citybrain.model import Lane
 from edge.codes import codes_of, known_tables, load_table
-from edge.controllers import ADAPTERS, ALARM_HOLD_MS, Adapter, Occurrence, RunState, Said, car
 from edge.driver import Quality
 from edge.frames import START, Deframer, Frame, Succession
+from edge.lifts.controllers import ADAPTERS, ALARM_HOLD_MS, Adapter, Occurrence, RunState, Said, car
 from simulators.lines.elevator import IDLE, Line
 from tests.line_site import LineSite
 

@@ -22,10 +22,10 @@ from citybrain.cli import main
 from citybrain.clock import DAY_MS, MINUTE_MS, Clock, ManualClock, real_unix_ms
 from citybrain.counters import read_heartbeats
 from citybrain.errors import ConfigError, ProtocolError, TransitionError, Unavailable, UsageError
-from gateway.centre import Caller, checked_context, clock_is_sound, unchecked_context
-from gateway.enrol import Answer, Trust, enrol, read_invitation
-from gateway.identity import Identity
-from gateway.renew import caller_of, renew
+from gateway.enrolment.centre import Caller, checked_context, clock_is_sound, unchecked_context
+from gateway.enrolment.enrol import Answer, Trust, enrol, read_invitation
+from gateway.enrolment.identity import Identity
+from gateway.enrolment.renew import caller_of, renew
 from streams.runtimes.supervisor import accepts
 from tests.conftest import eventually, unused_port
 from tests.seeded_site import Seeded, process, seeded

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from citybrain.errors import ConfigError
-from edge import features
 from edge.driver import Quality
-from edge.raw import Block, Raw, decode
+from edge.signals import features
+from edge.signals.raw import Block, Raw, decode
 from simulators.lines.accelerometer import SAMPLES, Accelerometer, sines
 from simulators.lines.talker import Talker, Told
 from tests.line_site import LineSite

@@ -14,7 +14,7 @@ from cryptography import x509
 from citybrain.clock import monotonic_s, real_unix_ms
 from citybrain.errors import ConfigError
 from citybrain.model import Lane, Reading
-from gateway.certificate import read_certificate
+from gateway.broker.certificate import read_certificate
 from gateway.config import Tls
 from gateway.service import Broker, GatewayService
 from gateway.spool import Spool

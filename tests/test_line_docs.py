@@ -6,9 +6,11 @@ from types import ModuleType
 
 import pytest
 
-from edge import codes, features, frames, hammer, raw, shaft
+from edge import codes, frames
 from edge import drivers as registry
 from edge.drivers import elevator_retrofit, elevator_serial, pressure_fast, vibration
+from edge.lifts import shaft
+from edge.signals import features, hammer, raw
 from tests import test_edge_docs as pages
 
 PAGES = {

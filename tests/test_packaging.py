@@ -20,7 +20,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 # Imports every module of a package with the server's libraries hidden, and prints how many it was.
 PI = """
 import importlib, pkgutil, sys
-ARRAYS = {"edge.features", "edge.raw"}  # imported in the processes of drivers that say that they need numpy
+# imported in the processes of drivers that say that they need numpy
+ARRAYS = {"edge.signals.features", "edge.signals.raw"}
 HIDDEN = set("numpy numba sqlalchemy alembic pydantic fastapi uvicorn httpx amqtt cv2".split())
 class Hide:
     def find_spec(self, name, path=None, target=None):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from citybrain.errors import ConfigError
 from edge.driver import Quality
-from edge.hammer import Hammer, Stroke
+from edge.signals.hammer import Hammer, Stroke
 from simulators.lines.pressure import REST_MPA, SAMPLES, Transmitter, ringing
 from simulators.lines.talker import Talker, Told
 from tests.line_site import LineSite

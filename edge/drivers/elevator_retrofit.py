@@ -6,7 +6,7 @@
       devices:
         - {device: lift-000031, station: 1, floors: {-1: 0, 1: 4.2, 2: 7.4, 3: 10.6}, inputs: [door, motion]}
 
-The frame is that of `edge.frames`; the logic stands in `edge.shaft`, `edge.cabin` and `edge.kit`.
+The frame is that of `edge.frames`; the logic stands in `edge.lifts.shaft`, `edge.lifts.cabin` and `edge.lifts.kit`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Literal
 import msgspec
 
 from citybrain.config import Duration
-from edge.cabin import Delays
 from edge.driver import Host, Quality
 from edge.frame_line import FINE, FrameLine, Port, Verdict
 from edge.frames import Frame
-from edge.kit import KitCar, Sample
+from edge.lifts.cabin import Delays
+from edge.lifts.kit import KitCar, Sample
 
 PROCESS = False
 DEADLINE_S = 15.0

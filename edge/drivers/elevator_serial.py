@@ -8,7 +8,7 @@
       devices:
         - {device: lift-000017, station: 1}
 
-The frame is that of `edge.frames`; what is in it differs by region (`edge.controllers`).
+The frame is that of `edge.frames`; what is in it differs by region (`edge.lifts.controllers`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from __future__ import annotations
 import msgspec
 
 from citybrain.config import Duration
-from edge.controllers import ADAPTERS, Car, RunState, Said, car
 from edge.driver import Host, Quality
 from edge.frame_line import FINE, FrameLine, Port, Verdict
 from edge.frames import Frame
+from edge.lifts.controllers import ADAPTERS, Car, RunState, Said, car
 
 PROCESS = False
 DEADLINE_S = 15.0

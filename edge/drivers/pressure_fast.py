@@ -21,10 +21,10 @@ from edge.driver import Host, Quality
 from edge.drivers import need
 from edge.frame_line import FINE, FrameLine, Port, Verdict
 from edge.frames import MOST_PAYLOAD, Frame
-from edge.hammer import Hammer
+from edge.signals.hammer import Hammer
 
 if TYPE_CHECKING:
-    from edge.raw import Block, Raw, Window
+    from edge.signals.raw import Block, Raw, Window
 
 PROCESS = True
 DEADLINE_S = 15.0
@@ -113,13 +113,13 @@ class Driver:
 
     def begin(self, host: Host) -> None:
         """Begin all intervals anew."""
-        from edge.raw import Raw  # noqa: PLC0415  (numpy: only where the driver runs)
+        from edge.signals.raw import Raw  # noqa: PLC0415  (numpy: only where the driver runs)
 
         self._seats = {one.station: Seat(one, self._config, Raw(self._config.samples)) for one in self._config.devices_}
 
     def take(self, host: Host, frame: Frame, missed: int) -> Verdict:
         """Take samples: tell strokes at once, and what a full interval says."""
-        from edge.raw import decode  # noqa: PLC0415
+        from edge.signals.raw import decode  # noqa: PLC0415
 
         seat = self._seats[frame.station]
         if frame.type != RAW_PRESSURE:

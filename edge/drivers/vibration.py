@@ -26,7 +26,7 @@ from edge.frame_line import FINE, FrameLine, Port, Verdict
 from edge.frames import MOST_PAYLOAD, Frame
 
 if TYPE_CHECKING:
-    from edge.raw import Raw, Window
+    from edge.signals.raw import Raw, Window
 
 PROCESS = True
 DEADLINE_S = 15.0
@@ -104,7 +104,7 @@ class Driver:
 
     def begin(self, host: Host) -> None:
         """Begin a window anew."""
-        from edge.raw import Raw  # noqa: PLC0415  (numpy: only where the driver runs)
+        from edge.signals.raw import Raw  # noqa: PLC0415  (numpy: only where the driver runs)
 
         config = self._config
         self._raw = {one.station: Raw(config.samples) for one in config.devices_}
@@ -112,7 +112,7 @@ class Driver:
 
     def take(self, host: Host, frame: Frame, missed: int) -> Verdict:
         """Take samples; tell what a full window says."""
-        from edge.raw import decode  # noqa: PLC0415
+        from edge.signals.raw import decode  # noqa: PLC0415
 
         if frame.type != RAW_AXES:
             host.drop("bad_payload", 1, f"station {frame.station}: type {frame.type}")
@@ -157,7 +157,7 @@ def measured(window: Window, sensor: Sensor, config: Config) -> tuple[dict[str, 
     RMS and bands are of all its axes together, the rest is of the axis where it is worst. A95 and bands need a whole
     window and are left out where samples are missing.
     """
-    from edge import features  # noqa: PLC0415  (numpy: only where the driver runs)
+    from edge.signals import features  # noqa: PLC0415  (numpy: only where the driver runs)
 
     scale = config.full_scale_g / 32768
     axes = [window.samples[:, "xyz".index(axis)] * scale for axis in sensor.axes]

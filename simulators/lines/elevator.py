@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from edge.codes import codes_of
-from edge.controllers import ADAPTERS, Occurrence, RunState
+from edge.lifts.controllers import ADAPTERS, Occurrence, RunState
 from simulators.lines.talker import Talker, Told, serve
 
 EVERY_S = 1.0

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from citybrain.errors import ProtocolError, TransitionError, Unavailable, UsageError
-from gateway.certificate import parse
-from gateway.tls import failure
+from gateway.broker.certificate import parse
+from gateway.broker.tls import failure
 
 TIMEOUT_S = 20.0
 MOST_BYTES = 1024 * 1024

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from citybrain.clock import iso
 from citybrain.errors import CityBrainError, ConfigError
-from gateway.certificate import read_certificate
+from gateway.broker.certificate import read_certificate
 from gateway.config import Tls
 from gateway.times import SET_SINCE_MS
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from citybrain.cli import emit
 from citybrain.clock import iso, real_unix_ms
-from gateway.centre import Caller, checked_context
-from gateway.enrol import Answer, Trust
+from gateway.enrolment.centre import Caller, checked_context
+from gateway.enrolment.enrol import Answer, Trust
 
 if TYPE_CHECKING:
-    from gateway.identity import Identity
+    from gateway.enrolment.identity import Identity
 
 
 def caller_of(identity: Identity, now_ms: int) -> Caller:
@@ -48,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Renew where it is due; exit code 0, also where there was nothing to do."""
-    from gateway.identity import Identity  # noqa: PLC0415  cryptography, which `gateway run` is to do without
+    from gateway.enrolment.identity import Identity  # noqa: PLC0415  cryptography, which `gateway run` is to do without
 
     identity = Identity(args.data)
     renewed = renew(identity, real_unix_ms(), force=args.force)

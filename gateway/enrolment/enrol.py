@@ -20,8 +20,8 @@ from citybrain.clock import iso, real_unix_ms
 from citybrain.errors import ConfigError, ProtocolError, TransitionError, UsageError
 from citybrain.storage import OS_FILES
 from gateway.box import board_serial
-from gateway.centre import Caller, certificates_of, checked_context, clock_is_sound, unchecked_context
 from gateway.config import FILE, parse_config
+from gateway.enrolment.centre import Caller, certificates_of, checked_context, clock_is_sound, unchecked_context
 
 LEAST_HEX = 32  # of the fingerprint: 128 bits
 CLOCK_OFF_S = 60
@@ -78,7 +78,7 @@ def enrol(root: Path, invitation: Invitation, now_ms: int, board: str) -> Answer
     Raises Unavailable, TransitionError in the centre's words, ProtocolError where it is not the centre, ConfigError
     where its gateway.yaml is not valid: the box is enrolled then, and the file is kept beside.
     """
-    from gateway.identity import Centre, Identity  # noqa: PLC0415  cryptography, which `gateway run` is to do without
+    from gateway.enrolment.identity import Centre, Identity  # noqa: PLC0415  cryptography, which `gateway run` is to do without
 
     asked = Caller(invitation.url, unchecked_context(), now_ms).call("GET", "/v1/enrol/trust", Trust)
     anchor = _anchor(asked.trust, invitation)
@@ -126,7 +126,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Enrol, and say as what; exit code 0."""
-    from gateway.identity import Identity  # noqa: PLC0415  cryptography, which `gateway run` is to do without
+    from gateway.enrolment.identity import Identity  # noqa: PLC0415  cryptography, which `gateway run` is to do without
 
     identity = Identity(args.data)
     if identity.enrolled and not args.again:

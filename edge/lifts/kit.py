@@ -8,9 +8,9 @@ import msgspec
 
 from citybrain.config import Duration
 from citybrain.model import Lane, Reading
-from edge.cabin import Cabin, Delays, Trap
+from edge.lifts.cabin import Cabin, Delays, Trap
+from edge.lifts.shaft import Shaft, Travel
 from edge.report import Report, Reporter
-from edge.shaft import Shaft, Travel
 
 NORMAL, INSPECTION = 1, 2  # of `service_mode`
 SAME_SAMPLES = 400  # 20 s of acceleration or 80 s of air without the least noise is no measurement
@@ -54,7 +54,7 @@ class Healthy:
 
 
 class KitCar:
-    """One car. home_floor: where the magnet of the input `home` is; other times as in `edge.controllers.Car`."""
+    """One car. home_floor: where the magnet of the input `home` is; other times as in `edge.lifts.controllers.Car`."""
 
     def __init__(
         self,

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import msgspec
 
 from citybrain.errors import ConfigError
+from gateway.broker.tls import client_context, failure, refusal
 from gateway.config import Tls, loopback
-from gateway.tls import client_context, failure, refusal
 
 CONNECT_TIMEOUT_S = 2.0  # of TCP, and again of TLS
 

@@ -16,12 +16,12 @@ from citybrain.errors import EXIT_FAILED, UsageError
 from citybrain.pictures import MAX_PHOTO, media_type
 from citybrain.storage import OS_FILES
 from citybrain.wire import blob_sha256
-from gateway.nmea import position_of
-from gateway.renew import caller_of
+from gateway.enrolment.nmea import position_of
+from gateway.enrolment.renew import caller_of
 
 if TYPE_CHECKING:
-    from gateway.centre import Caller
-    from gateway.identity import Identity
+    from gateway.enrolment.centre import Caller
+    from gateway.enrolment.identity import Identity
 
 APPLIED_S = 10.0  # how long the desk's decision is waited for
 
@@ -116,7 +116,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show the points, and with a technician's name sign and send the sheet; 1 where a point was not seen."""
-    from gateway.identity import Identity  # noqa: PLC0415  cryptography, which `gateway run` is to do without
+    from gateway.enrolment.identity import Identity  # noqa: PLC0415  cryptography, which `gateway run` is to do without
 
     identity = Identity(args.data)
     caller = caller_of(identity, real_unix_ms())
