@@ -21,7 +21,7 @@ from citybrain.segments import SUFFIX, Writer
 from gateway.spool import Spool
 from simulators.grid_cases import Book
 from simulators.grid_platform import Platform as Grid
-from streams.runtimes.worker import ShardWorker
+from streams.runtimes.shard_worker import ShardWorker
 from tests.seeded_site import seeded
 from tests.test_ingest import NOW, VALUE_FAULTS, Platform, encoded, foreign, platform, reading
 

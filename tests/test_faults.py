@@ -19,13 +19,13 @@ import pytest
 from sqlalchemy import insert, update
 
 from benchmarks.chaos import count_lost
-from benchmarks.faults import SECONDS, Fault, Recovery, Watch, failed, plan, run, table
-from benchmarks.faults_books import replay_differs
-from benchmarks.faults_judge import Books, Findings, judge, judge_transitions
-from benchmarks.faults_lines import HOST, Line, Lines
-from benchmarks.faults_load import FAULT, TRAPPED, Said, book, is_rescue, read_book, subject
-from benchmarks.faults_points import distinct, missing_points
-from benchmarks.faults_site import HOLDER, VICTIMS, Process, Site, family
+from benchmarks.faults.books import replay_differs
+from benchmarks.faults.judge import Books, Findings, judge, judge_transitions
+from benchmarks.faults.lines import HOST, Line, Lines
+from benchmarks.faults.load import FAULT, TRAPPED, Said, book, is_rescue, read_book, subject
+from benchmarks.faults.points import distinct, missing_points
+from benchmarks.faults.run import SECONDS, Fault, Recovery, Watch, failed, plan, run, table
+from benchmarks.faults.site import HOLDER, VICTIMS, Process, Site, family
 from citybrain.clock import real_unix_ms
 from citybrain.db.schema import alarms, cases
 from citybrain.layout import Layout

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gateway_chaos import Verdict, may_mount
+from benchmarks.gateway_chaos.run import Verdict, may_mount
 from streams.runtimes.broker import mosquitto
 
 

@@ -12,8 +12,8 @@ import pytest
 
 wntr = pytest.importorskip("wntr", reason="WNTR is not installed: the networks cannot be solved")
 
-from benchmarks.hydraulics import Opened, device_of, measure, registry_of, score  # noqa: E402
-from benchmarks.hydraulics_network import APART_S, DAY_S, Event, Network, Sensor  # noqa: E402
+from benchmarks.hydraulics.network import APART_S, DAY_S, Event, Network, Sensor  # noqa: E402
+from benchmarks.hydraulics.run import Opened, device_of, measure, registry_of, score  # noqa: E402
 from citybrain.errors import ConfigError  # noqa: E402
 from citybrain.layout import Layout  # noqa: E402
 

@@ -17,7 +17,7 @@ import pytest
 from influxdb_client.rest import ApiException
 from urllib3 import HTTPHeaderDict
 
-from benchmarks.faults_lines import Lines
+from benchmarks.faults.lines import Lines
 from citybrain.cli import main
 from citybrain.clock import RunClock, real_unix_ms
 from citybrain.counters import Heartbeat, read_heartbeats

@@ -1,4 +1,4 @@
-"""A small version of benchmarks.answers: the same transitions and cases from every runtime, whoever joins and dies."""
+"""The answers of `benchmarks.runtimes` in small: the same transitions and cases from every runtime, whoever dies."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.answers import both, decided, measure, rows_that_differ
-from benchmarks.topics import SERIES, Shard, differences
+from benchmarks.runtimes.answers import both, decided, measure, rows_that_differ
+from benchmarks.runtimes.topics import SERIES, Shard, differences
 from citybrain.clock import system_clock
 from citybrain.layout import Layout, Run
 from streams.engine import Engine

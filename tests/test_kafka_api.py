@@ -20,7 +20,7 @@ from citybrain.layout import Layout, Run
 from streams.history.query import History
 from streams.logs import LogStore, LogWriter, SegmentStore
 from streams.runtimes.kafka.store import KafkaStore
-from streams.runtimes.worker import ShardWorker
+from streams.runtimes.shard_worker import ShardWorker
 from tests.conftest import eventually, unused_port
 from tests.engine_logs import START, Log
 from tests.seeded_site import process

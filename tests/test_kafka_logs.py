@@ -21,7 +21,7 @@ from streams.runtimes.kafka.blobs import PART_BYTES, Blobs, SharedLayout
 from streams.runtimes.kafka.parcels import FAMILY, HEAD, PARCEL_BYTES, Packer, fence
 from streams.runtimes.kafka.partition import Search, place_of
 from streams.runtimes.kafka.store import KafkaStore, KafkaWriter
-from streams.runtimes.worker import last_written
+from streams.runtimes.shard_worker import last_written
 from tests.conftest import eventually
 from tests.faulty_files import LossyFiles
 from tests.kafka_cluster import Cluster, cluster

@@ -26,8 +26,8 @@ from streams.engine import Engine
 from streams.log import FrameHead, Kind, pack_frame
 from streams.logs import SegmentStore
 from streams.runtimes.embedded import usual_workers, workers_of
+from streams.runtimes.shard_worker import READ_BYTES, ShardWorker, last_written
 from streams.runtimes.snapshots import KEPT, restored_engine, snapshot_paths, write_snapshot
-from streams.runtimes.worker import READ_BYTES, ShardWorker, last_written
 from streams.warm import warm_engine
 from tests.conftest import end, eventually
 from tests.engine_logs import OTHER_RULES, REGISTRIES, RULES, START, Log

@@ -72,7 +72,7 @@ def measure(root: Path, address: str, count: int) -> float:
             except BufferError:
                 producer.poll(0.1)
     producer.flush()
-    argv = [sys.executable, "-m", "benchmarks.faust_events", address, topic, str(root / "faust-events")]
+    argv = [sys.executable, "-m", "benchmarks.runtimes.faust_events", address, topic, str(root / "faust-events")]
     with (root / "faust-events.log").open("wb") as log, subprocess.Popen(argv, stdout=log, stderr=log) as process:
         try:
             return count / _between_marks(address, topic)

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 from sqlalchemy import Engine
 
-from benchmarks.faults_lines import Line, Lines
-from benchmarks.faults_load import registry_of, ruleset
+from benchmarks.faults.lines import Line, Lines
+from benchmarks.faults.load import registry_of, ruleset
 from citybrain.clock import RunClock, monotonic_s, real_unix_ms
 from citybrain.counters import Heartbeat, read_heartbeats
 from citybrain.db.migrations import upgrade
@@ -205,7 +205,7 @@ class Site:
         self._start_influx()
         self._add("platform", self._argv("platform", "--pace", str(PACE)), run.platform_port).start()
         eventually(self._provisioned, START_S, "registry and rules in force")
-        load = [sys.executable, "-m", "benchmarks.faults_load", "--data", str(self.layout.root)]
+        load = [sys.executable, "-m", "benchmarks.faults.load", "--data", str(self.layout.root)]
         self._add("gateways", [*load, "--rate", str(self._rate), "--causes", str(self._causes)]).start()
 
     def _content(self) -> dict[str, str]:

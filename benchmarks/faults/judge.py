@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.faults_load import FAULT, TRAPPED, Said, is_rescue, subject
+from benchmarks.faults.load import FAULT, TRAPPED, Said, is_rescue, subject
 from citybrain.model import Transition
 
 

@@ -1,6 +1,6 @@
 """A gateway for `benchmarks.gateway_chaos`: real agent, spool, uplink and service, fed by a numbered source over TCP.
 
-    python -m benchmarks.gateway_chaos_box --spool DIR --source PORT --broker PORT
+    python -m benchmarks.gateway_chaos.box --spool DIR --source PORT --broker PORT
 
 The source numbers what it says, by lane. At every start the gateway tells it up to where its spool has it, and after
 every commit again; what is not committed the source says once more. So a reading that was only in memory is nobody's.

@@ -3,8 +3,8 @@
     python -m benchmarks.gateway_chaos --seed 3 --kills 200 --json
     python -m benchmarks.gateway_chaos --drain-days 7 --dense --json
 
-A source numbers its readings, events and pictures (`gateway_chaos_source`); a gateway of the real agent, spool, uplink
-and service takes them (`gateway_chaos_box`), through a real mosquitto, to the real `citybrain ingest`. What the gateway
+A source numbers its readings, events and pictures (`source.py`); a gateway of the real agent, spool, uplink
+and service takes them (`box.py`), through a real mosquitto, to the real `citybrain ingest`. What the gateway
 has not committed when it is killed the source says again, as a sensor bus that is asked again would. Afterwards, with
 everything drained:
 
@@ -28,61 +28,28 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from benchmarks.gateway_chaos_box import DEVICES, GATEWAY, SHARD, picture
-from benchmarks.gateway_chaos_source import LANES, Cable, Lines, Source
-from benchmarks.ingest import unused_port
-from citybrain.clock import system_clock
-from citybrain.counters import Heartbeat
-from citybrain.layout import Layout, Run
-from citybrain.mailbox import Mailbox, command
-from citybrain.model import READING_LANES, Device, Gateway, Lane, Place, Registry
+from benchmarks.gateway_chaos.box import DEVICES, SHARD, picture
+from benchmarks.gateway_chaos.platform import Platform, registry, wait
+from benchmarks.gateway_chaos.source import LANES, Lines, Source
+from citybrain.layout import Layout
+from citybrain.model import READING_LANES, Lane
 from citybrain.segments import Reader
 from citybrain.wire import blob_sha256
 from streams.log import Kind, decode_control, frame_arrays, frame_head
-from streams.registry import encode_registry
-from streams.runtimes.broker import mosquitto, mosquitto_configuration
+from streams.runtimes.broker import mosquitto
 
-PLACE = Place(120.16, 31.19, "990101001001001")
 RATES = {Lane.TELEMETRY: 200.0, Lane.EVENT: 10.0, Lane.BLOB: 0.5}
 VICTIMS = ("gateway",) * 9 + ("broker",) * 7 + ("ingest",) * 4
-PATIENCE_S = 60.0
 CARD_BYTES = 48 * 1024 * 1024
 MOUNTED = "CHAOS_CARD"  # set where the gateway's disk is a small one of its own
-
-
-def registry(count: int = DEVICES) -> Registry:
-    """Return the gateway with its meters."""
-    meters = (Device(f"meter-{n}", "meter", GATEWAY, PLACE, ("value",), ("evidence",)) for n in range(count))
-    return Registry((Gateway(GATEWAY, SHARD, PLACE),), tuple(meters))
-
-
-def gateway_yaml(broker: int, source: int) -> str:
-    """Return the configuration of the real gateway."""
-    devices = ", ".join(f"meter-{n}: meter-{n}" for n in range(DEVICES))
-    return f"""\
-gateway: {GATEWAY}
-shard: {SHARD}
-broker: {{host: 127.0.0.1, port: {broker}}}
-spool: {{limit_mb: 32, commit_every: 250ms}}
-drivers:
-  lines:
-    driver: json_lines
-    connect: "127.0.0.1:{source}"
-    devices: {{{devices}}}
-    metrics: {{evidence: {{metric: evidence, lane: event}}}}
-"""
 
 
 class Tail:
@@ -100,90 +67,6 @@ class Tail:
                 highest = frame_arrays(record.payload, head)[1].max(initial=0.0)
                 self._last[head.lane] = max(self._last[head.lane], round(float(highest)))
         return dict(self._last)
-
-
-class Platform:
-    """Broker, ingest and gateway as processes that can be killed and come back."""
-
-    def __init__(self, root: Path, card: Path, source: int, registry: Registry, *, real: bool = False) -> None:
-        self.layout = Layout(root / "data")
-        self.card = card
-        self.port = unused_port()
-        self.cable = Cable(self.port)
-        self._root = root
-        self._source = source
-        self._registry = registry
-        self._real = real
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(self) -> None:
-        """Start broker and ingest with the registry in force; the gateway is started apart."""
-        self.layout.make()
-        self.layout.write_run(Run(clock=system_clock(), shards=1, mqtt_port=self.port))
-        name = self.layout.put_blob(encode_registry(self._registry))
-        Mailbox(self.layout.mailbox("ingest")).put(command("registry", "benchmark", 0, {"content": name}))
-        (self.card / "gateway.yaml").write_text(gateway_yaml(self.cable.port, self._source))
-        (self._root / "mosquitto.conf").write_text(mosquitto_configuration(self.port))
-        self.spawn("broker")
-        self.spawn("ingest")
-        wait(lambda: self.counted("commands_total") > 0, "ingest has its registry")
-
-    def spawn(self, name: str) -> None:
-        """Start a process; its words go to a file."""
-        program = mosquitto()
-        assert program is not None, "main looked for it"
-        ports = ("--source", str(self._source), "--broker", str(self.cable.port))
-        words: dict[str, tuple[str, ...]] = {
-            "broker": (program, "-c", str(self._root / "mosquitto.conf")),
-            "ingest": (sys.executable, "-m", "citybrain", "ingest", "--data", str(self.layout.root)),
-            "gateway": (
-                sys.executable, "-m", "benchmarks.gateway_chaos_box", "--spool", str(self.card / "spool"), *ports,
-            ),
-        }  # fmt: skip
-        if self._real:
-            words["gateway"] = (sys.executable, "-m", "citybrain", "gateway", "run", "--data", str(self.card))
-        with (self._root / f"{name}.log").open("ab") as log:
-            self._running[name] = subprocess.Popen(words[name], stdout=log, stderr=log)
-
-    def kill(self, name: str) -> None:
-        """Kill -9, and start again at once."""
-        process = self._running[name]
-        if process.poll() is not None:
-            raise SystemExit(f"{name} had ended by itself ({process.returncode}); see {self._root / name}.log")
-        process.kill()
-        process.wait()
-        self.spawn(name)
-
-    def pid(self, name: str) -> int:
-        return self._running[name].pid
-
-    def counted(self, name: str) -> int:
-        """Return a counter of ingest, as its heartbeat has it."""
-        path = self.layout.run / "ingest.heartbeat.json"
-        return msgspec.json.decode(path.read_bytes(), type=Heartbeat).counters.get(name, 0) if path.exists() else 0
-
-    def stop(self) -> None:
-        """End what runs, by its id."""
-        self.cable.stop()
-        for name in ("gateway", "ingest", "broker"):
-            process = self._running.pop(name, None)
-            if process is not None and process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(15)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-
-
-def wait(condition: Callable[[], bool], what: str, limit_s: float = PATIENCE_S) -> float:
-    """Wait until the condition holds; return how long that took, or end the benchmark."""
-    start = time.monotonic()
-    while not condition():
-        if time.monotonic() - start > limit_s:
-            raise SystemExit(f"not within {limit_s:.0f} s: {what}")
-        time.sleep(0.02)
-    return time.monotonic() - start
 
 
 class Accidents:
@@ -366,7 +249,9 @@ def may_mount() -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gateway_chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--full-disks", type=int, default=20)
@@ -388,7 +273,7 @@ def main() -> int:
         root = options.data or Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         if options.drain_days:
-            from benchmarks.gateway_chaos_drain import drain  # noqa: PLC0415  it needs this module
+            from benchmarks.gateway_chaos.drain import drain  # noqa: PLC0415  it needs this module
 
             result = drain(root, options.seed, options.drain_days, dense=options.dense)
         else:
@@ -397,7 +282,3 @@ def main() -> int:
             )
     print(json.dumps(result) if options.json else "\n".join(f"{k:16} {v}" for k, v in result.items()))
     return 1 if any(result[key] for key in ("lost", "repeated", "disordered")) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

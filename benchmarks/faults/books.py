@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Engine, Table, select
 
 from api.desk import Desk, replay
-from benchmarks.faults_judge import Books
+from benchmarks.faults.judge import Books
 from citybrain.db.schema import alarms, cases, incidents, outbox
 from citybrain.db.store import open_store
 from citybrain.layout import Layout

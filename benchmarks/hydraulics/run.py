@@ -2,7 +2,7 @@
 
     python -m benchmarks.hydraulics --inp Net3.inp --events 20 --seed 3 --json
 
-EPANET solves the network with pressure-dependent demand (`benchmarks.hydraulics_network`); about 55 pressure sensors
+EPANET solves the network with pressure-dependent demand (`benchmarks.hydraulics.network`); about 55 pressure sensors
 say what it finds every 5 minutes, with noise of σ 0.005 MPa; the readings go through the real path (spool, uplink,
 ingest, log, engine, desk) under the shipped rules. 5 days of history, then the events. An event counts as a cause where
 its third-most affected sensor is, within 30 minutes, at least 0.025 MPa lower than in a twin run without it; smaller
@@ -29,7 +29,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import select
 
-from benchmarks.hydraulics_network import APART_S, DAY_S, FELT_MPA, HISTORY_DAYS, Event, Network, Sensor
+from benchmarks.hydraulics.network import APART_S, DAY_S, FELT_MPA, HISTORY_DAYS, Event, Network, Sensor
 from citybrain.clock import SECOND_MS, monotonic_s
 from citybrain.db.schema import cases
 from citybrain.errors import CityBrainError
@@ -210,7 +210,9 @@ def _row(event: Event, felt_mpa: float, opened: Sequence[Opened]) -> dict[str, A
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.hydraulics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inp", type=Path, required=True, metavar="NET.inp", help="the network, an EPANET file")
     parser.add_argument("--events", type=int, default=20, help="bursts and open hydrants, half of each (default: 20)")
     parser.add_argument("--seed", type=int, default=3, help="what everything is drawn from (default: 3)")
@@ -230,7 +232,3 @@ def main() -> int:
         sys.stderr.writelines(f"{json.dumps(row)}\n" for row in rows)
     print(json.dumps(result) if options.json else json.dumps(result, indent=1))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,13 +8,13 @@ embedded_values_per_s           from segments on disk to transitions on disk, on
 kafka_values_per_s              from the first record appended in Kafka to the last transition in Kafka, `--workers`
 faust_values_per_s              processes; the appending, the broker and the reading run on the same machine
 ..._per_cpu_s                   values per second that the worker processes computed
-ingest_values_per_s             the whole path (benchmarks.path): from the first message until all are acknowledged;
+ingest_values_per_s             the whole path (path.py): from the first message until all are acknowledged;
 path_values_per_s               until the last transition stands in Kafka, with `--runtime kafka`;
 faust_path_values_per_s         ... with `--runtime faust`
 path                            who computed how long for a million values; what share of it the gateways take
 per_event_faust_readings_per_s  an agent that takes one reading an event, as JSON, and applies the same rule in Python
 ratio_to_per_event              readings/s of the whole path, over those
-cases, cases_differ, kills,     benchmarks.answers: another log through each runtime with 1 worker and with 2, while
+cases, cases_differ, kills,     answers.py: another log through each runtime with 1 worker and with 2, while
 rebalances, runs                workers join, leave and are killed; `differs` counts its transitions too
 
 A Kafka is started (tests/kafka_cluster.py), or taken from CITYBRAIN_TEST_KAFKA.
@@ -32,11 +32,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import path
-from benchmarks.answers import measure as measure_answers
 from benchmarks.engine import METRICS
-from benchmarks.faust_events import measure as measure_events
-from benchmarks.topics import (
+from benchmarks.runtimes import path
+from benchmarks.runtimes.answers import measure as measure_answers
+from benchmarks.runtimes.faust_events import measure as measure_events
+from benchmarks.runtimes.topics import (
     READINGS,
     SERIES,
     Distributed,
@@ -52,7 +52,7 @@ from citybrain.counters import Counters
 from citybrain.layout import Layout, Run
 from citybrain.segments import Record
 from streams.logs import SegmentStore
-from streams.runtimes.worker import ShardWorker
+from streams.runtimes.shard_worker import ShardWorker
 from streams.warm import warm_engine
 from tests.kafka_cluster import VARIABLE, cluster
 
@@ -131,7 +131,9 @@ def own_kafka(stack: ExitStack, folder: Path) -> tuple[str, list[int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.runtimes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--values", type=int, default=20_000_000)
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
@@ -157,7 +159,3 @@ def main() -> None:
     else:
         for name, value in found.items():
             print(f"{name:34} {value}")
-
-
-if __name__ == "__main__":
-    main()

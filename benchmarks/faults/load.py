@@ -1,6 +1,6 @@
 """Gateways with planted causes, for `benchmarks.faults`: real spools and uplinks, and a book of what must be found.
 
-    python -m benchmarks.faults_load --data DIR --rate 100
+    python -m benchmarks.faults.load --data DIR --rate 100
 
 Beside the meters of `benchmarks.chaos_load`, every PLANT_S one more elevator shows a fault for the first and only time,
 in turn at all gateways: a fault code that is one case at once, every fifth a trapped passenger, which is one rescue.

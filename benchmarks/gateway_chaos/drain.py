@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gateway_chaos import Platform, registry, wait
-from benchmarks.gateway_chaos_box import SHARD
-from benchmarks.gateway_chaos_source import Source
+from benchmarks.gateway_chaos.box import SHARD
+from benchmarks.gateway_chaos.platform import Platform, registry, wait
+from benchmarks.gateway_chaos.source import Source
 from benchmarks.ingest import cpu_s
 from citybrain.clock import real_unix_ms
 from citybrain.layout import Layout

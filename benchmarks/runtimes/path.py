@@ -234,7 +234,8 @@ class System:
             "data": self.layout.root, "port": self.run.mqtt_port, "registry": active.registry,
             "epoch": 1, "messages": messages,
         }  # fmt: skip
-        argv = [sys.executable, "-m", "benchmarks.path", *(f"--{key}={value}" for key, value in options.items())]
+        said = [f"--{key}={value}" for key, value in options.items()]
+        argv = [sys.executable, "-m", "benchmarks.runtimes.path", *said]
         return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

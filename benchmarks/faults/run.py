@@ -3,7 +3,7 @@
     python -m benchmarks.faults --seed 9 --faults 50 --json
 
 Three Kafka brokers, mosquitto, an ingest a shard, two workers, two desks on PostgreSQL, a grid platform, `citybrain
-influx` with a VictoriaMetrics, and gateways that plant causes (benchmarks/faults_load.py), all as processes of their
+influx` with a VictoriaMetrics, and gateways that plant causes (benchmarks/faults/load.py), all as processes of their
 own. One fault after the other: a part is killed with -9 and started after a pause, stopped (SIGSTOP) and continued, or
 cut off by a line of ours. Each waits for recovery: a cause planted after the fault's end is an alarm on the desk, for
 every shard, and none waits longer than 5 s any more; of InfluxDB and of who writes to it: the log's values are there
@@ -41,11 +41,11 @@ from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 from benchmarks.chaos import count_lost, logged
-from benchmarks.faults_books import read_books, replay_differs
-from benchmarks.faults_judge import Findings, judge, judge_transitions
-from benchmarks.faults_load import Said, book, gateway_of, is_rescue, read_book, subject
-from benchmarks.faults_points import logged_points, missing_points, stored_points
-from benchmarks.faults_site import DESKS, HOLDER, SHARDS, VICTIMS, Site, Victim, running
+from benchmarks.faults.books import read_books, replay_differs
+from benchmarks.faults.judge import Findings, judge, judge_transitions
+from benchmarks.faults.load import Said, book, gateway_of, is_rescue, read_book, subject
+from benchmarks.faults.points import logged_points, missing_points, stored_points
+from benchmarks.faults.site import DESKS, HOLDER, SHARDS, VICTIMS, Site, Victim, running
 from citybrain.clock import iso, real_unix_ms
 from citybrain.db.schema import alarms, lease
 from citybrain.model import Transition
@@ -344,7 +344,9 @@ def failed(result: dict[str, Any]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=9)
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--longest-s", type=float, default=20.0, help="cut longer faults down to this")
@@ -363,7 +365,3 @@ def main() -> int:
         result = run(root, faults, options.seed, options.rate, options.causes)
     print(json.dumps(result) if options.json else "\n".join(f"{k:16} {v}" for k, v in result.items()))
     return 1 if failed(result) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

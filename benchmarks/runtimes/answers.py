@@ -21,7 +21,7 @@ import msgspec
 from sqlalchemy import select
 
 from api.desk import Desk
-from benchmarks.topics import SERIES, Distributed, Shard, append, differences, own_folder, transitions, worker
+from benchmarks.runtimes.topics import SERIES, Distributed, Shard, append, differences, own_folder, transitions, worker
 from citybrain.clock import HOUR_MS, system_clock
 from citybrain.counters import Heartbeat
 from citybrain.db.schema import alarms, cases, incidents

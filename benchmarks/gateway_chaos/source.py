@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from benchmarks.gateway_chaos_box import METRICS, Said, Told, reading
+from benchmarks.gateway_chaos.box import METRICS, Said, Told, reading
 from citybrain.model import Lane
 
 LANES = list(Lane)
