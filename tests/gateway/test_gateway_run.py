@@ -1,0 +1,354 @@
+"""`citybrain gateway run`: the process, its configuration, its own readings, its clock, and what systemd is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import gateway.doctor
+from citybrain.cli import main
+from citybrain.counters import Counters
+from citybrain.errors import ConfigError
+from citybrain.i18n import catalogue
+from citybrain.model import Lane
+from citybrain.storage import OS_FILES
+from gateway.config import read_config
+from gateway.times import BoxClock
+from tests.certificates import Authority
+from tests.conftest import eventually, unused_port
+from tests.gateway.test_gateway_service import Answering
+from tests.gateway_box import GATEWAY, Process, config_text
+
+UNIT = Path(__file__).parents[2] / "deploy" / "systemd" / "citybrain-gateway.service"
+
+
+@pytest.fixture
+def platform(mosquitto: int) -> Iterator[Answering]:
+    answering = Answering(mosquitto)
+    yield answering
+    answering.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, mosquitto: int) -> Path:
+    made = tmp_path / "box"
+    made.mkdir()
+    (made / "gateway.yaml").write_text(config_text(mosquitto))
+    return made
+
+
+def notifications(address: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(str(address))
+    sock.settimeout(10)
+    return sock
+
+
+def test_it_says_ready_tells_its_vitals_lives_and_ends_cleanly(
+    tmp_path: Path, folder: Path, platform: Answering
+) -> None:
+    with notifications(tmp_path / "notify") as systemd:
+        box = Process(folder, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="600000")
+        try:
+            told = [systemd.recv(1000).decode()]
+            while "WATCHDOG=1" not in told or not any("online" in text and "offline" not in text for text in told):
+                told.append(systemd.recv(1000).decode())
+            assert "READY=1" in told[:2]
+            eventually(lambda: platform.logged(GATEWAY, Lane.TELEMETRY), what="its own readings")
+        finally:
+            code = box.stop()
+        assert code == 0
+        while "STOPPING=1" not in told:
+            told.append(systemd.recv(1000).decode())
+    assert [status.online for name, status in platform.statuses if name == GATEWAY] == [True, False]
+
+
+# --- the process --------------------------------------------------------------------------------------------------
+
+
+def lines_driver(port: int) -> str:
+    return f"drivers:\n  meters: {{driver: json_lines, connect: '127.0.0.1:{port}', devices: {{h1: hyd-1}}}}\n"
+
+
+def test_what_the_drivers_gave_before_a_stop_is_there_after_it(
+    tmp_path: Path, mosquitto: int, platform: Answering
+) -> None:
+    """SIGTERM: the last readings are durable though their sync was not due; the next process sends them."""
+    folder = tmp_path / "box"
+    folder.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(20)
+        text = config_text(unused_port(), lines_driver(server.getsockname()[1]))
+        (folder / "gateway.yaml").write_text(text.replace("commit_every: 200ms", "commit_every: 1min"))
+        box = Process(folder)
+        try:
+            line, _ = server.accept()
+            with line:
+                line.sendall(b"".join(b'{"d":"h1","m":{"pressure_mpa":0.%d}}\n' % (300 + n) for n in range(50)))
+                eventually(lambda: box.beat() is not None, 20)
+                line.shutdown(socket.SHUT_WR)
+                line.recv(1)  # it has read everything, and closes
+        finally:
+            assert box.stop() == 0
+        (folder / "gateway.yaml").write_text(config_text(mosquitto))
+        box = Process(folder)
+        try:
+            box.wait_online()
+            eventually(lambda: box.beat().gauges["spooled"] == 0)  # type: ignore[union-attr]
+        finally:
+            box.stop()
+    values = [
+        reading for reading in platform.readings if reading.device == "hyd-1" and "pressure_mpa" in reading.values
+    ]
+    assert [round(one.values["pressure_mpa"] * 1000) for one in values] == list(range(300, 350))
+
+
+def test_two_processes_never_share_a_folder(folder: Path, platform: Answering) -> None:
+    first = Process(folder)
+    try:
+        first.wait_online()
+        second = Process(folder)
+        assert second.process.wait(20) == 4
+        assert "another `citybrain gateway run` works in this folder" in second.said()
+    finally:
+        first.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "gateway.yaml: there is none: `citybrain gateway enrol` writes it"),
+        ("gateway: gw-1\nshard: 1\nbroker: {host: 127.0.0.1}\ndriver: {}\n", "gateway.yaml:4 driver: unknown field"),
+        (
+            config_text(1883, "drivers:\n  bus: {driver: modbus_rtv}\n"),
+            "gateway.yaml:8 drivers.bus.driver: no driver 'modbus_rtv'; did you mean 'modbus_rtu'?",
+        ),
+        (
+            config_text(1883, "drivers:\n  m: {driver: json_lines, listen: 7000, devices: {a: b}, metric: {}}\n"),
+            "gateway.yaml:8 drivers.m.metric: unknown field 'metric'; did you mean 'metrics'?",
+        ),
+        (
+            config_text(
+                1883,
+                "drivers:\n  m: {driver: json_lines, listen: 7000, devices: {a: hyd-1}}\n"
+                "  n: {driver: json_lines, listen: 7001, devices: {a: hyd-1}}\n",
+            ),
+            "gateway.yaml:9 drivers.n: device 'hyd-1' belongs to 'm' already",
+        ),
+        (config_text(0), "gateway.yaml:5 broker.port: expected 1 to 65535, got 0"),
+        (config_text(1883, host="mqtt.example.city"), "'mqtt.example.city' is not this machine: `tls` must be given"),
+        (config_text(1883, gateway="a/b"), "gateway.yaml:1 gateway: 'a/b'"),
+        (
+            config_text(
+                1883, "drivers:\n  m: {driver: json_lines, listen: 1, devices: {a: b}, limits: [{metric: x}]}\n"
+            ),
+            "gateway.yaml:8 drivers.m.limits",
+        ),
+    ],
+)
+def test_a_wrong_configuration_ends_with_code_3_and_says_where(tmp_path: Path, text: str | None, says: str) -> None:
+    folder = tmp_path / "box"
+    folder.mkdir()
+    if text is not None:
+        (folder / "gateway.yaml").write_text(text)
+    with pytest.raises(ConfigError) as wrong:
+        read_config(folder / "gateway.yaml")
+    assert wrong.value.exit_code == 3
+    assert says in str(wrong.value)
+    assert main(["gateway", "doctor", "--data", str(folder)]) == 3
+
+
+def test_the_process_itself_ends_with_code_3(tmp_path: Path) -> None:
+    box = Process(tmp_path)
+    assert box.process.wait(20) == 3
+    assert "there is none" in box.said()
+
+
+def test_a_disk_that_fails_ends_the_process_with_code_5(folder: Path) -> None:
+    (folder / "spool").write_text("a file where the spool should be")
+    box = Process(folder)
+    assert box.process.wait(20) == 5
+    assert str(folder / "spool") in box.said()
+
+
+# --- its clock ----------------------------------------------------------------------------------------------------
+
+T0 = 1_790_000_000_000
+
+
+class Times:
+    """A system clock that can be set, and a monotonic one that only runs."""
+
+    def __init__(self, wall_ms: int = T0) -> None:
+        self.wall_ms, self.mono_s = wall_ms, 1000.0
+
+    def run(self, clock: BoxClock, seconds: float) -> list[int]:
+        """Let time pass, following once a second; return what the clock says five times a second."""
+        told = []
+        for step in range(round(seconds * 5)):
+            self.mono_s += 0.2
+            self.wall_ms += 200
+            if step % 5 == 0:
+                clock.follow()
+            told.append(clock.now_ms())
+        return told
+
+    def clock(self, folder: Path) -> BoxClock:
+        return BoxClock(folder / "clock", Counters("gateway"), OS_FILES, lambda: self.wall_ms, lambda: self.mono_s)
+
+
+def rising(times: list[int]) -> bool:
+    return all(before < after for before, after in pairwise(times))
+
+
+@pytest.mark.parametrize(("step_s", "way"), [(3600, "forward"), (0.4, "forward"), (-30, "slewed"), (-7200, "back")])
+def test_a_step_of_the_clock_is_followed_and_said(tmp_path: Path, step_s: float, way: str) -> None:
+    times = Times()
+    clock = times.clock(tmp_path)
+    before = times.run(clock, 5)
+    times.wall_ms += round(step_s * 1000)
+    after = times.run(clock, 90)
+    clock.follow()
+    assert rising(before)
+    assert rising(before + after) == (way != "back"), "only where it must it goes back"
+    assert rising(after[5:]), "once it has stepped it runs on"
+    assert abs(clock.now_ms() - times.wall_ms) <= 250
+    assert clock.offset_s == pytest.approx((clock.now_ms() - times.wall_ms) / 1000, abs=0.001)
+    assert dict(clock._counters.values) == {f"clock_steps_total{{way={way}}}": 1}
+    assert len(clock._counters.warnings) == 1
+    assert way in clock._counters.warnings[0]
+
+
+def test_the_offset_is_reported_while_it_is_made_up(tmp_path: Path) -> None:
+    times = Times()
+    clock = times.clock(tmp_path)
+    times.run(clock, 2)
+    times.wall_ms -= 30_000
+    times.run(clock, 2)
+    assert 28 < clock.offset_s <= 30
+
+
+def test_small_differences_are_left_to_ntp(tmp_path: Path) -> None:
+    times = Times()
+    clock = times.clock(tmp_path)
+    times.run(clock, 2)
+    times.wall_ms += 100
+    assert rising(times.run(clock, 10))
+    assert not clock._counters.warnings
+
+
+def test_a_clock_at_1970_goes_on_from_what_was_told_last_until_it_is_set(tmp_path: Path) -> None:
+    first = Times()
+    last = first.run(first.clock(tmp_path), 130)[-1]
+    times = Times(5_000)  # the power was gone; no battery, no NTP yet
+    clock = times.clock(tmp_path)
+    told = times.run(clock, 60)
+    before = clock.unset
+    assert last - 60_000 <= told[0], "the mark is at most a minute old"
+    times.wall_ms = T0 + 3_600_000  # NTP
+    told += times.run(clock, 10)
+    assert (before, clock.unset) == (True, False)
+    assert rising(told)
+    assert abs(clock.now_ms() - times.wall_ms) <= 250
+    assert clock._counters.values["clock_steps_total{way=set}"] == 1
+
+
+def test_a_first_start_at_1970_counts_from_2024(tmp_path: Path) -> None:
+    times = Times(5_000)
+    assert times.clock(tmp_path).now_ms() == 1_704_067_200_000
+
+
+@pytest.mark.parametrize("mark", [b"\xff" * 8, (T0 + 400 * 86_400_000).to_bytes(8, "little")])
+def test_a_mark_that_lies_is_not_believed(tmp_path: Path, mark: bytes) -> None:
+    (tmp_path / "clock").write_bytes(mark)
+    clock = Times().clock(tmp_path)
+    assert (clock.now_ms(), clock.unset) == (T0, False)
+
+
+# --- status, doctor, systemd --------------------------------------------------------------------------------------
+
+
+def cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    code = main(["gateway", *words])
+    return code, capsys.readouterr().out
+
+
+def test_status_says_how_it_is_in_both_languages(
+    folder: Path, platform: Answering, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli(capsys, "status", "--data", str(folder)) == (4, "the gateway process does not run\n")
+    box = Process(folder)
+    try:
+        box.wait_online()
+        code, out = cli(capsys, "status", "--json", "--data", str(folder))
+        told = json.loads(out)
+        assert (code, told["online"], told["gateway"], told["wrong"]) == (0, True, GATEWAY, {})
+        assert "online (127.0.0.1:" in cli(capsys, "status", "--data", str(folder))[1]
+        monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+        assert "在线" in cli(capsys, "status", "--data", str(folder))[1]
+    finally:
+        box.stop()
+
+
+def test_doctor_finds_nothing_wrong_with_a_well_box(
+    folder: Path, mosquitto: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = cli(capsys, "doctor", "--json", "--data", str(folder))
+    told = json.loads(out)
+    assert (code, told["well"]) == (0, True), told
+    assert {one["code"] for one in told["findings"]} >= {"disk_well", "config_well", "spool", "broker_well", "process"}
+    assert all(one["zh"] and one["en"] for one in told["findings"])
+
+
+def test_doctor_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    authority = Authority(tmp_path / "pki")
+    mine = authority.sign("gw-other", -20, -2)
+    mine.with_suffix(".key").chmod(0o644)
+    text = config_text(
+        unused_port(),
+        "drivers:\n  m: {driver: json_lines, port: /dev/ttyUSB77, devices: {a: hyd-1}}\n",
+        tls=f"{{ca: {authority.ca}, certificate: {mine}, key: {mine.with_suffix('.key')}}}",
+    )
+    (tmp_path / "gateway.yaml").write_text(text)
+    (tmp_path / "spool" / "event").mkdir(parents=True)
+    (tmp_path / "spool" / "event" / "00000000000000000001.damaged").write_bytes(b"x")
+    code, out = cli(capsys, "doctor", "--json", "--data", str(tmp_path))
+    found = {one["code"]: one["level"] for one in json.loads(out)["findings"]}
+    assert code == 1
+    wrong = {code for code, level in found.items() if level == "wrong"}
+    assert wrong == {"port_missing", "certificate_dates", "certificate_name", "broker"}
+    assert found["key_open"] == found["spool_damaged"] == found["process"] == "mind"
+    (tmp_path / "gateway.yaml").write_text(text.replace("127.0.0.1", "no-such-host.invalid"))
+    assert '"dns"' in cli(capsys, "doctor", "--json", "--data", str(tmp_path))[1]
+
+
+def test_every_finding_of_the_doctor_has_its_words() -> None:
+    source = Path(gateway.doctor.__file__).read_text(encoding="utf-8")
+    codes = set(re.findall(r'(?:good|mind|wrong|level|\))\("([a-z_]+)"', source))
+    assert codes == {key.removeprefix("doctor.") for key in catalogue() if key.startswith("doctor.")}
+
+
+def test_the_unit_is_what_systemd_understands(tmp_path: Path) -> None:
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("systemd-analyze is not installed")
+        pytest.skip("systemd-analyze is not installed")
+    unit = tmp_path / "citybrain-gateway.service"
+    text = UNIT.read_text(encoding="utf-8")
+    unit.write_text(text.replace("/opt/citybrain/venv/bin/citybrain", sys.executable))
+    ran = subprocess.run([program, "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False)
+    complaints = [line for line in ran.stderr.splitlines() if unit.name in line]
+    assert complaints == []
+    assert "Type=notify" in text
+    assert "ExecStart=/opt/citybrain/venv/bin/citybrain gateway run" in text
