@@ -127,7 +127,7 @@ def test_a_source_that_is_not_there_is_said_and_found_when_it_comes(tmp_path: Pa
     site = Site(Config(CAMERA, str(path), repeat=True))
     sites.append(site)
     site.until(lambda: 0.0 in site.values("signal"), what="no signal")
-    assert "it is not there" in site.hosts.reasons()[CAMERA]
+    site.until(lambda: "it is not there" in site.hosts.reasons().get(CAMERA, ""), what="the reason")
     assert not site.ask("frame").ok
     clip(tmp_path / "new.avi", 4.0).rename(path)
     site.until(lambda: 1.0 in site.values("signal"), what="the signal")

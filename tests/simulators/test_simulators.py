@@ -813,7 +813,7 @@ def test_the_process_speaks_through_a_real_broker_and_stops_when_told(tmp_path: 
 
 def test_a_gateway_loses_its_line_and_comes_back_as_scheduled(tmp_path: Path, mosquitto: int) -> None:
     layout, now_ms = Layout(tmp_path / "data"), real_unix_ms()
-    clock = RunClock(now_ms, now_ms - 100_000 // 60, 60.0)  # fast, and 100 s in: offline from 240 s for 5 min
+    clock = RunClock(now_ms, now_ms, 40.0)  # offline from 240 s for 5 min: after 6 s, for 7.5 s
     with listening(mosquitto) as heard, simulating(layout, clock, mosquitto, "gw-05"):
 
         def births() -> list[bool]:
