@@ -13,7 +13,7 @@ import msgspec
 
 from api.assets.book import ASSET, IN_SERVICE, TO_STATE, Asset, Book, Sensor, Shape, Zone, registry_of
 from api.assets.findings import Finding, Refused, errors, finding
-from api.assets.kinds import metrics_of
+from api.assets.kinds import metrics_of, with_own
 from citybrain.errors import ConfigError, NotFound, UsageError
 from citybrain.machine import Moved
 from citybrain.model import Area, Cell, Gateway, Place, Road, Unit
@@ -286,7 +286,7 @@ def commission_gateway(book: Book, wish: Sheet) -> Changes:
     own = book.assets.get(wish.gateway)
     if own is not None:
         moved = ASSET.move(own.state, "activate" if own.state == "commissioning" else "edit")
-        after.append(msgspec.structs.replace(own, state=moved.after))
+        after.append(msgspec.structs.replace(own, state=moved.after, metrics=with_own(own.metrics)))
         notes.append(
             Note(
                 own.code,
