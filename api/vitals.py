@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from api.disk import Disk
+from api.fleet import endings_of, misplaced_of
 from api.health import ELSEWHERE, LIMITS, Late, Stage, Vitals
 from api.site import PIPELINE, Site, in_charge, ready, role_of, standing_by
 from citybrain.counters import Heartbeat
@@ -142,6 +143,8 @@ def gather(site: Site, beats: Mapping[str, Heartbeat], now_ms: int, waiting: int
     """Return what `api.health.judge` is given. `now_ms` is real time; `waiting`: messages in the outbox."""
     found = stages(beats, site.run.clock.speed, now_ms)
     again = restarts(beats)
+    fleet = site.fleet
+    boxes = fleet.boxes(beats)
     return Vitals(
         missing=tuple(_missing(beats, now_ms, site.run.shards)),
         silent=tuple(name for name, beat in sorted(beats.items()) if _silent(name, beat, now_ms)),
@@ -154,6 +157,8 @@ def gather(site: Site, beats: Mapping[str, Heartbeat], now_ms: int, waiting: int
         disk=disk(site),
         outbox_s=found["outbox"].now_s,
         outbox_waiting=waiting,
+        endings=(*fleet.endings(now_ms), *endings_of(boxes, now_ms)),
+        misplaced=tuple(misplaced_of(boxes)),
         restarted={name: (now_ms - beat.started) / 1000 for name, beat in beats.items() if name in again},
     )
 

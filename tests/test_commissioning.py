@@ -30,13 +30,14 @@ from citybrain.wire import blob_sha256
 from gateway.enrolment.commission import Accepted, parse_gps, points_of, read_photo, send, sheet
 from gateway.enrolment.enrol import enrol, read_invitation
 from gateway.enrolment.identity import Identity
-from gateway.enrolment.nmea import parse, position_of
+from gateway.enrolment.nmea import Fix, parse, position_of
 from gateway.enrolment.renew import caller_of
 from streams.evidence import EvidenceStore
 from streams.runtimes.supervisor import accepts
 from tests.conftest import end, eventually, unused_port
 from tests.seeded_site import Seeded, process, seeded
 
+FIX = Fix(121.4737, 31.205667, 10.3)
 GPS = ("--gps", "120.15,31.2")
 GGA = "$GPGGA,092750.000,3112.3400,N,12128.4220,E,1,8,1.03,61.7,M,55.2,M,,*67\r\n"
 
@@ -130,18 +131,18 @@ def test_a_sheet_for_people(site: Seeded, box: Path, capsys: pytest.CaptureFixtu
 def test_a_sheet_that_was_sent_twice_is_one(site: Seeded, box: Path) -> None:
     identity = Identity(box)
     caller = caller_of(identity, real_unix_ms())
-    text = sheet(points_of(caller, "gw-01"), "li", (120.0, 31.0), "")
+    text = sheet(points_of(caller, "gw-01"), "li", Fix(120.0, 31.0), "")
     first = send(caller, identity, box, text)
     sealed = msgspec.json.decode(max((box / "commissioning").iterdir()).read_bytes(), type=dict[str, str])
     again = caller.call("POST", "/v1/gateways/gw-01/commissioning", Accepted, sealed)
-    assert again.command == first
+    assert again == first
 
 
 def test_a_sheet_that_was_changed_or_is_anothers_is_refused(site: Seeded, box: Path, tmp_path: Path) -> None:
     identity = Identity(box)
     caller = caller_of(identity, real_unix_ms())
     found = points_of(caller, "gw-01")
-    text = sheet(found, "li", (120.0, 31.0), "").decode()
+    text = sheet(found, "li", Fix(120.0, 31.0), "").decode()
     path = "/v1/gateways/gw-01/commissioning"
 
     def refused(sheet_: str, signature: str) -> str:
@@ -158,7 +159,7 @@ def test_a_sheet_that_was_changed_or_is_anothers_is_refused(site: Seeded, box: P
     nobody = text.replace('"li"', '" "')
     assert "say who commissions" in refused(nobody, identity.seal(nobody.encode()))
     moon = text.replace("120.0", "1200.0")
-    assert "are not degrees" in refused(moon, identity.seal(moon.encode()))
+    assert "sheet lon: 1200 is not within ±180" in refused(moon, identity.seal(moon.encode()))
     assert "sheet: " in refused("{}", identity.seal(b"{}"))
     stranger = Identity(enrolled(site, tmp_path, "gw-02"))
     with pytest.raises(TransitionError, match="your certificate is gw-02's"):
@@ -195,7 +196,7 @@ def test_a_photo_that_is_another_or_none_is_refused(site: Seeded, box: Path, tmp
     path = "/v1/gateways/gw-01/commissioning"
 
     def refused(named: bytes, photo: str) -> str:
-        text = sheet(found, "li", (120.0, 31.0), "", named)
+        text = sheet(found, "li", Fix(120.0, 31.0), "", named)
         with pytest.raises(TransitionError) as caught:
             caller.call(
                 "POST", path, Accepted, {"sheet": text.decode(), "signature": identity.seal(text), "photo": photo}
@@ -238,7 +239,7 @@ def test_a_receiver_on_a_serial_line_says_where_we_are() -> None:
     speaking = threading.Thread(target=receiver)
     speaking.start()
     try:
-        assert position_of(os.ttyname(slave), 10.0) == (121.4737, 31.205667)
+        assert position_of(os.ttyname(slave), 10.0) == FIX
         silent.set()
         speaking.join()
         with pytest.raises(Unavailable, match="no position within"):
@@ -253,7 +254,7 @@ def test_a_receiver_on_a_serial_line_says_where_we_are() -> None:
 
 
 def test_sentences_that_say_nothing() -> None:
-    assert parse(GGA) == (121.4737, 31.205667)
+    assert parse(GGA) == FIX
     assert parse(GGA.replace("*67", "*68")) is None
     assert parse("$GPRMC,092751.000,V,,,,,,,,,,N*41") is None
     assert parse("") is None

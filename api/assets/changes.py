@@ -266,6 +266,7 @@ class Sheet(msgspec.Struct, frozen=True):
     lon: float
     lat: float
     photo: str = ""  # its hash
+    accuracy_m: float = 0.0  # how far the position may be off, 0 where nobody knows
 
 
 def commission_gateway(book: Book, wish: Sheet) -> Changes:
@@ -287,13 +288,10 @@ def commission_gateway(book: Book, wish: Sheet) -> Changes:
     if own is not None:
         moved = ASSET.move(own.state, "activate" if own.state == "commissioning" else "edit")
         after.append(msgspec.structs.replace(own, state=moved.after, metrics=with_own(own.metrics)))
-        notes.append(
-            Note(
-                own.code,
-                moved,
-                {**details, "lon": wish.lon, "lat": wish.lat, "devices": len(wish.devices), "photo": wish.photo},
-            )
-        )
+        where: dict[str, Any] = {"lon": wish.lon, "lat": wish.lat}
+        if wish.accuracy_m:  # else a journal of the release before would be told otherwise
+            where["accuracy_m"] = wish.accuracy_m
+        notes.append(Note(own.code, moved, {**details, **where, "devices": len(wish.devices), "photo": wish.photo}))
     return Changes(book.version, tuple({one.code: one for one in after}.values()), notes=tuple(notes))
 
 

@@ -352,9 +352,8 @@ def read_passphrase(reference: str, root: Path) -> bytes:
 
 def _lists_fit(text: bytes, wanted: Sequence[set[Revoked]], now_ms: int) -> bool:
     """Return whether the revocation lists on disk hold what they are to hold, and are not old."""
-    end = b"-----END X509 CRL-----\n"
     try:
-        lists = [x509.load_pem_x509_crl(part + end) for part in text.split(end)[:-1]]
+        lists = certificates.read_lists(text)
     except ValueError:
         return False
     if len(lists) != len(wanted):

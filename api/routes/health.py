@@ -15,7 +15,7 @@ from sqlalchemy import Connection, func, select
 
 from api import vitals
 from api.disk import Disk
-from api.health import LEVELS, LIMITS, Late, Reason, Stage, judge, level_of
+from api.health import LEVELS, Late, Reason, Stage, judge, level_of
 from api.routes import answers, rows
 from api.site import Here, Problem, Site, not_live, ready, role_of, standing_by
 from api.status import run_name
@@ -149,13 +149,6 @@ def gateways(site: Site, late: Iterable[Late]) -> answers.Gateways:
         late=found,
         spooled=sum(vitals.spooled(site, gateway) or 0 for gateway in all_ids),
     )
-
-
-def online(site: Site, gateway: str) -> bool:
-    """Return whether a message of the gateway came in the last 90 s of platform time."""
-    seen = site.latest.seen(gateway)
-    newest = max(seen.received_at or 0, seen.observed_at or 0)
-    return site.clock.now_ms() - newest <= LIMITS.gateway_silent_ms
 
 
 def database_counts(site: Site) -> dict[str, int]:
