@@ -178,7 +178,7 @@ def test_the_command_line_says_what_ends(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seeded]:
-    """A live API; gw-01 is well, the certificate of gw-02 ends in 10 days, a driver of gw-03 fails, others are silent."""
+    """A live API: gw-01 is well, the certificate of gw-02 ends soon, a driver of gw-03 fails, the others are silent."""
     made_ = seeded(tmp_path_factory.mktemp("site"))
     authority = Authority(made_.layout, ManualClock(NOW - 355 * DAY_MS))
     authority.init(Setting(("127.0.0.1",), listen=""), "li", "test")
