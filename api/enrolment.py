@@ -126,7 +126,10 @@ def renew(authority: Authority, serial: str, request: x509.CertificateSigningReq
 
 
 class Throttle:
-    """Who tried too many wrong codes waits. In memory: 80 bits need no more than to be noticed."""
+    """Whose wrong codes are not looked at any more. In memory: 80 bits need no more than to be noticed.
+
+    A code that is there is taken all the same: one address may be a whole fleet's.
+    """
 
     def __init__(self) -> None:
         self._wrong: dict[str, deque[int]] = {}

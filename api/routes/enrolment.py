@@ -90,13 +90,15 @@ def enrol(request: Request, site: Here, authority: Ours, asked: Enrol) -> Enroll
     """Sign a box's certificate for its one-time code; the same key may fetch the answer again for 15 minutes."""
     source, now_ms = request.client.host if request.client else "", authority.clock.now_ms()
     throttle: enrolment.Throttle = request.app.state.throttle
-    if throttle.waits(source, now_ms):
+    known = authority.book().codes.get(enrolment.code_hash(asked.code))
+    if known is None and throttle.waits(
+        source, now_ms
+    ):  # a good code is never kept waiting by its neighbours behind a NAT
         raise _refused(site, 429, "enrol_throttled", "too many wrong codes; wait ten minutes", "body code")
     try:
         csr = certificates.read_request(asked.request.encode())
     except UsageError as error:
         raise _refused(site, 400, "enrol_request", str(error), "body request") from None
-    known = authority.book().codes.get(enrolment.code_hash(asked.code))
     shard = _gateway(site, known.gateway).shard if known is not None else 0
     try:
         config = enrolment.configuration(site.layout, authority, known.gateway, shard) if known is not None else ""
