@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from api.assets.coordinates import distance_m
 from api.assets.store import version_of
-from api.health import LIMITS, Ending, Limits, Misplaced
+from api.health import LIMITS, Ending, Late, Limits, Misplaced
 from api.readings import Seen, Value
 from api.site import Problem, Site, role_of
 from citybrain.clock import DAY_MS
@@ -73,6 +73,12 @@ class Box(msgspec.Struct, frozen=True):
             return self.seen.received_at
         return (self.status.since or None) if self.status is not None and self.status.online else None
 
+    @property
+    def spooled(self) -> int | None:
+        """How many messages its spool held when it last said so, None where it never did."""
+        found = self.value("spooled")
+        return None if found is None else int(found)
+
     def value(self, metric: str) -> float | None:
         """Return what it last said of itself."""
         found = self.values.get(metric)
@@ -88,7 +94,7 @@ def wants(box: Box, now_ms: int, limits: Limits = LIMITS) -> list[Want]:
         "certificate": left_ms is not None and left_ms < limits.certificate_days * DAY_MS,
         "drivers": box.status is not None and bool(box.status.about.failing),
         "clock": abs(clock_s) > limits.clock_s or quality != 0.0,  # a box's own quality only says CLOCK_UNSET
-        "backlog": box.online and (box.value("spooled") or 0.0) > limits.backlog,
+        "backlog": box.online and (box.spooled or 0) > limits.backlog,
         "place": box.commissioned is not None and box.commissioned.misplaced(box.gateway.place),
     }
     return [why for why, holds in found.items() if holds]
@@ -109,8 +115,7 @@ class Fleet:
         for gateway in sorted(site.latest.registry.gateways, key=lambda one: one.id):
             own, seen = site.latest.find(gateway.id), site.latest.seen(gateway.id)
             values = site.latest.values(own) if own is not None else {}
-            newest = max(seen.received_at or 0, seen.observed_at or 0)
-            online = site.clock.now_ms() - newest <= LIMITS.gateway_silent_ms
+            online = site.clock.now_ms() - newest_of(seen) <= LIMITS.gateway_silent_ms
             ends = certificate_ends(values.get("certificate_days"), issued.get(gateway.id))
             status, sheet = statuses.get(gateway.id), sheets.get(gateway.id)
             found.append(Box(gateway, online, seen, status, values, ends, sheet))
@@ -177,6 +182,21 @@ def _sheet(at: int, actor: str, details: str) -> Commissioned | None:
     except msgspec.DecodeError:  # of another step
         return None
     return Commissioned(at, actor, said.sheet, said.lon, said.lat, said.accuracy_m)
+
+
+def newest_of(seen: Seen) -> int:
+    """Return when a gateway was last heard (Unix ms, platform time), 0 where it never was."""
+    return max(seen.received_at or 0, seen.observed_at or 0)
+
+
+def late_of(boxes: Iterable[Box], now_ms: int) -> list[Late]:
+    """Return the boxes that are not heard, the longest silent first. now_ms: platform time."""
+    silent = ((box, newest_of(box.seen)) for box in boxes if not box.online)
+    found = [
+        Late(box.gateway.id, round((now_ms - newest) / 1000, 1) if newest else None, box.spooled)
+        for box, newest in silent
+    ]
+    return sorted(found, key=lambda late: (late.late_s is not None, -(late.late_s or 0.0), late.id))
 
 
 def statuses_of(beats: Mapping[str, Heartbeat]) -> dict[str, GatewayStatus]:

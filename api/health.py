@@ -104,6 +104,7 @@ class Vitals(msgspec.Struct, frozen=True):
     silent: tuple[str, ...] = ()  # other processes
     stages: Mapping[str, Stage] = {}
     gateways: int = 0
+    spooled: Mapping[str, int] = {}  # messages in each gateway's spool, as it last said
     late: tuple[Late, ...] = ()
     values_per_min: float = 0.0
     dropped_per_min: Mapping[str, float] = {}

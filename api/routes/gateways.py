@@ -40,7 +40,7 @@ _wants = wants
 
 
 def _shown(box: Box, why: list[Want], now_ms: int, devices: int) -> answers.Gateway:
-    spooled, about = box.value("spooled"), box.status.about if box.status is not None else None
+    about = box.status.about if box.status is not None else None
     ends = box.certificate_ends
     return answers.Gateway(
         id=box.gateway.id,
@@ -54,7 +54,7 @@ def _shown(box: Box, why: list[Want], now_ms: int, devices: int) -> answers.Gate
         version=about.version if about is not None else "",
         config=about.config if about is not None else "",
         failing=about.failing if about is not None else {},
-        spooled=None if spooled is None else int(spooled),
+        spooled=box.spooled,
         clock_offset_s=box.value("clock_offset_s"),
         certificate_ends_at=ends,
         certificate_days=None if ends is None else round((ends - now_ms) / DAY_MS, 1),
