@@ -13,10 +13,11 @@ from pydantic import BaseModel, Field
 
 from api import commissioning as sheets
 from api import enrolment
+from api.assets.book import Book
+from api.assets.store import read_behind
 from api.pki import certificates
 from api.pki.ca import Authority
 from api.pki.journal import Issued
-from api.routes.assets import book_of
 from api.site import Here, Problem, Site
 from citybrain.errors import NotFound, TransitionError, UsageError
 from citybrain.model import Gateway
@@ -131,7 +132,7 @@ def renew(site: Here, authority: Ours, box: Box, asked: Renewal) -> Enrolled:
 def points(site: Here, box: Box, id: str) -> dict[str, Any]:
     """Return what the ledger expects behind a gateway, and when each value was last seen here."""
     _own(box, id)
-    return {"gateway": id, "at": site.clock.now_ms(), "points": sheets.points(book_of(site), site.latest, id)}
+    return {"gateway": id, "at": site.clock.now_ms(), "points": sheets.points(_behind(site, id), site.latest, id)}
 
 
 @router.post("/gateways/{id}/commissioning", status_code=202)
@@ -153,9 +154,14 @@ def _own(box: Issued, gateway: str) -> None:
         raise Problem(403, "not_yours", f"gateway {gateway[:60]}", f"your certificate is {box.name}'s")
 
 
+def _behind(site: Site, gateway: str) -> Book:
+    with site.database() as db:
+        return read_behind(db, lambda: site.latest.registry, gateway, site.clock.now_ms())
+
+
 def _gateway(site: Site, gateway: str) -> Gateway:
     """Return a gateway as the ledger has it; raises Problem 409 where it is not in use any more."""
-    book = book_of(site)
+    book = _behind(site, gateway)
     asset = book.assets.get(gateway)
     if gateway not in book.gateways or (asset is not None and asset.state == "retired"):
         raise _refused(
