@@ -250,6 +250,16 @@ def _codes(site: Seeded) -> set[str]:
     return {one["code"] for one in reasons}
 
 
+def test_what_is_left_is_a_metric(site: Seeded) -> None:
+    text = httpx.get(f"{site.url}/metrics", trust_env=False).text
+    left = {
+        line.split('name="')[1].split('"')[0]: float(line.split()[-1])
+        for line in text.splitlines() if line.startswith("citybrain_left_seconds{")
+    }  # fmt: skip
+    assert left["gw-02"] == pytest.approx(10 * 86_400, abs=10_000)
+    assert {"1", "citybrain", "crl.pem"} <= set(left)
+
+
 def test_an_authority_that_cannot_be_read_leaves_the_rest(site: Seeded) -> None:
     path = site.layout.ca / "ca.json"
     good = path.read_bytes()

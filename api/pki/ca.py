@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,8 @@ class Authority:
         self.clock = clock if clock is not None else system_clock()
         self.journal = Journal(self.folder / "journal.jsonl")
         self._book = Book()
-        self._size = 0
+        self._read = 0  # how far the journal was read, bytes
+        self._reading = threading.Lock()
         self._keys: dict[int, Key] = {}
         self.notes: list[str] = []  # what somebody has to look at; whoever uses us says it and empties it
 
@@ -84,11 +86,14 @@ class Authority:
             raise ConfigError(str(path), str(error)) from None
 
     def book(self) -> Book:
-        """Return what the journal comes to now; raises Damaged."""
-        size = OS_FILES.size(self.journal.path)
-        if size != self._size:
-            self._book, self._size = self.journal.book(), size
-        return self._book
+        """Return what the journal comes to now; only what is new is read. Raises Damaged."""
+        with self._reading:
+            size = OS_FILES.size(self.journal.path)
+            if size < self._read:  # another file: it was restored
+                self._book, self._read = Book(), 0
+            if size != self._read:
+                self._book, self._read = self.journal.follow(self._book, self._read)
+            return self._book
 
     def issued(self, serial: str) -> Issued:
         """Return a certificate's entry; raises NotFound."""

@@ -294,6 +294,10 @@ def _site_families(site: Site, beats: Mapping[str, Heartbeat], now_ms: int) -> l
         waiting.add_metric([gateway], amount)
     level = LEVELS.index(level_of(judge(known)))
     found: list[Metric] = [GaugeMetricFamily(PREFIX + "health", "0 well, 1 degraded, 2 down", level), late, waiting]
+    left = GaugeMetricFamily(PREFIX + "left_seconds", "until a certificate or list ends", labels=["kind", "name"])
+    for ending in known.endings:
+        left.add_metric([ending.kind, ending.name], ending.left_s)
+    found.append(left)
     if known.disk is not None:
         for name, size in (("free", known.disk.free), ("total", known.disk.total), ("data", known.disk.data)):
             found.append(
