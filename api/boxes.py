@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from api.app import handle_errors
 from api.command import listen
-from api.door import BOUNDS, Bounds, Door, DoorServer, open_files
+from api.door import BOUNDS, Bounds, Door, DoorServer, fitting, open_files
 from api.enrolment import Throttle
 from api.pki.ca import Authority
 from api.routes import enrolment
@@ -90,7 +90,7 @@ class Boxes:
         context = self._load()
         taken = listen(host, int(port))
         taken.listen(self._bounds.connections)  # who waits for a place
-        open_files(self._bounds.connections + OTHER_FILES)
+        bounds = fitting(self._bounds, open_files(2 * self._bounds.connections + OTHER_FILES))
         config = uvicorn.Config(
             create_app(self._site, self._authority),
             loop="asyncio",
@@ -102,7 +102,7 @@ class Boxes:
             headers=[("connection", "close")],  # a box asks once
             h11_max_incomplete_event_size=self._bounds.head_bytes,
         )
-        self._server = DoorServer(config, Door(taken, context, self._site.counters, self._bounds))
+        self._server = DoorServer(config, Door(taken, context, self._site.counters, bounds))
         self._thread = threading.Thread(target=self._serve, args=(self._server, taken), name="boxes", daemon=True)
         self._thread.start()
 

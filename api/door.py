@@ -287,3 +287,14 @@ def open_files(wanted: int) -> int:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return soft
+
+
+def fitting(bounds: Bounds, files: int) -> Bounds:
+    """Return bounds that leave half of this process's files to the rest of the API.
+
+    >>> fitting(BOUNDS, 1024).connections, fitting(BOUNDS, 1024).of_one_address
+    (512, 400)
+    """
+    connections = min(bounds.connections, max(files // 2, 1))
+    of_one = min(bounds.of_one_address, max(connections * bounds.of_one_address // bounds.connections, 1))
+    return msgspec.structs.replace(bounds, connections=connections, of_one_address=of_one)

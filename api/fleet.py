@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 from api.assets.coordinates import distance_m
 from api.assets.store import version_of
@@ -140,9 +140,7 @@ class Fleet:
             with self._site.database() as db:
                 version = version_of(db)
                 if version != self._sheets[0]:
-                    rows = db.execute(_SHEETS).mappings()
-                    told = ((row["code"], _sheet(row["at"], row["actor"], row["details"])) for row in rows)
-                    self._sheets = version, {code: sheet for code, sheet in told if sheet is not None}
+                    self._sheets = version, read_sheets(db)
         except Problem:
             return {}
         return self._sheets[1]
@@ -174,6 +172,12 @@ class _Details(msgspec.Struct):
     lon: float
     lat: float
     accuracy_m: float = 0.0
+
+
+def read_sheets(connection: Connection) -> dict[str, Commissioned]:
+    """Return the last commissioning of each gateway that the ledger's history tells of."""
+    told = ((row.code, _sheet(row.at, row.actor, row.details)) for row in connection.execute(_SHEETS))
+    return {code: sheet for code, sheet in told if sheet is not None}
 
 
 def _sheet(at: int, actor: str, details: str) -> Commissioned | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from api.boxes import Boxes
-from api.door import BOUNDS, MOST_ADDRESSES, Bounds, Doorman
+from api.door import BOUNDS, MOST_ADDRESSES, Bounds, Doorman, fitting
 from api.pki.ca import Authority, Setting
 from api.readings import Latest
 from api.site import Site
@@ -280,6 +280,13 @@ def test_an_address_may_come_in_again_at_its_rate() -> None:
     assert doorman.admit("a", 0.4) == "rate"
     assert doorman.admit("a", 0.6) is None
     assert [doorman.admit("a", 100.0) for _ in range(4)] == [None, None, None, "rate"]
+
+
+def test_a_process_that_may_open_few_files_lets_fewer_in() -> None:
+    assert fitting(BOUNDS, 100_000) == BOUNDS
+    few = fitting(BOUNDS, 256)
+    assert (few.connections, few.of_one_address, few.burst) == (128, 100, BOUNDS.burst)
+    assert fitting(BOUNDS, 1).of_one_address == 1
 
 
 def test_who_left_makes_room() -> None:

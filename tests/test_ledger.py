@@ -13,6 +13,7 @@ from api.assets.book import ASSET, REGISTER, Shape, registry_of
 from api.assets.changes import Changes, encode_changes
 from api.assets.store import read_behind, read_book
 from api.desk import replay
+from api.fleet import read_sheets
 from citybrain.db.schema import alarms, asked, assets, cases, incidents, journal, registers, sensors, timeline
 from citybrain.db.store import open_store
 from citybrain.mailbox import Mailbox
@@ -169,6 +170,20 @@ def test_what_is_about_one_gateway_is_read_without_the_rest_and_is_the_same(city
     adopt(city, "imei-1", "hyd-100")
     city.command("r1", "asset_retire", {"asset": HYDRANTS[0]}, "gone")
     compare()
+
+
+def test_the_last_sheet_of_each_gateway_is_found_in_its_history(city: City) -> None:
+    gateway = make_registry().gateways[0].id
+    adopt(city, gateway, gateway, kind="gateway", gateway=gateway)
+    sheet = {"gateway": gateway, "devices": [], "lon": 120.6, "lat": 31.3}
+    assert city.command("g1", "gateway_commission", {**sheet, "sheet": "aa"}).startswith("applied")
+    city.command("g2", "gateway_commission", {**sheet, "sheet": "bb", "lat": 31.4, "accuracy_m": 12.0}, at=MIN)
+    city.command("m1", "asset_commission", {"asset": gateway}, "back on trial", at=2 * MIN)
+    with city.store.connect() as connection:
+        found = read_sheets(connection)
+    assert set(found) == {gateway}
+    one = found[gateway]
+    assert (one.sheet, one.lon, one.lat, one.accuracy_m) == ("bb", 120.6, 31.4, 12.0)
 
 
 def read_book_of(city: City) -> Any:
