@@ -15,6 +15,7 @@ from api import commissioning as sheets
 from api import enrolment
 from api.assets.book import Book
 from api.assets.store import read_behind
+from api.assets.views import registry_in_force
 from api.pki import certificates
 from api.pki.ca import Authority
 from api.pki.journal import Issued
@@ -156,7 +157,7 @@ def _own(box: Issued, gateway: str) -> None:
 
 def _behind(site: Site, gateway: str) -> Book:
     with site.database() as db:
-        return read_behind(db, lambda: site.latest.registry, gateway, site.clock.now_ms())
+        return read_behind(db, lambda: registry_in_force(site.layout), gateway, site.clock.now_ms())
 
 
 def _gateway(site: Site, gateway: str) -> Gateway:
