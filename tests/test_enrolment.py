@@ -23,6 +23,7 @@ from citybrain.cli import main
 from citybrain.clock import DAY_MS, MINUTE_MS, Clock, ManualClock, real_unix_ms
 from citybrain.counters import read_heartbeats
 from citybrain.errors import ConfigError, ProtocolError, TransitionError, Unavailable, UsageError
+from citybrain.layout import Active
 from citybrain.model import Gateway
 from gateway.enrolment.centre import Caller, checked_context, clock_is_sound, unchecked_context
 from gateway.enrolment.enrol import Answer, Trust, enrol, read_invitation
@@ -422,6 +423,7 @@ def test_500_boxes_behind_one_address_enrol_at_once(tmp_path: Path) -> None:
     boxes = tuple(Gateway(f"box-{number:03d}", number % 2, plain.gateways[0].place) for number in range(500))
     registry = site.layout.put_blob(encode_registry(msgspec.structs.replace(plain, gateways=plain.gateways + boxes)))
     site.control(Control("registry", site.now_ms, "test", registry))
+    site.layout.write_active(Active(registry, site.ruleset))
     authority = Authority(site.layout)
     authority.init(Setting(("127.0.0.1",), listen=f"127.0.0.1:{port}"), "li", "test")
     codes = [read_invitation(enrolment.invite(authority, one.id, DAY_MS, "li", "x").text) for one in boxes]
