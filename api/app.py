@@ -21,6 +21,7 @@ from api.routes import (
     console,
     devices,
     evidence,
+    gateways,
     health,
     maintenance,
     orders,
@@ -65,6 +66,7 @@ def create_app(site: Site) -> FastAPI:
     for module in (
         health,
         devices,
+        gateways,
         readings,
         assets,
         alarms,

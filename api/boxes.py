@@ -5,18 +5,16 @@ The rest of the API has no authentication and stays on loopback; this one may fa
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import ssl
 import threading
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from api.app import handle_errors
-from api.command import Server, listen
+from api.command import listen
+from api.door import BOUNDS, Bounds, Door, DoorServer, fitting, open_files
 from api.enrolment import Throttle
 from api.pki.ca import Authority
 from api.routes import enrolment
@@ -27,6 +25,7 @@ from citybrain.storage import OS_FILES
 
 LOOK_MS = 2_000
 AGAIN_MS = 30_000  # after what could not be done
+OTHER_FILES = 1024  # that the API has open beside boxes
 
 
 def create_app(site: Site, authority: Authority) -> FastAPI:
@@ -38,22 +37,6 @@ def create_app(site: Site, authority: Authority) -> FastAPI:
     return app
 
 
-class Protocol(H11Protocol):
-    """uvicorn's HTTP with the peer's certificate in the scope, DER, under `extensions.tls.client_cert`."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        tls = transport.get_extra_info("ssl_object")
-        shown = tls.getpeercert(binary_form=True) if tls is not None else None
-        app = self.app
-
-        async def with_peer(scope: Any, receive: Any, send: Any) -> None:
-            scope["extensions"] = {**scope.get("extensions", {}), "tls": {"client_cert": shown}}
-            await app(scope, receive, send)
-
-        self.app = with_peer
-
-
 class Boxes:
     """The listener, and what the authority needs done in time. Everything happens in `look`, called again and again.
 
@@ -61,11 +44,12 @@ class Boxes:
     goes on.
     """
 
-    def __init__(self, site: Site, authority: Authority) -> None:
+    def __init__(self, site: Site, authority: Authority, bounds: Bounds = BOUNDS) -> None:
         self._site = site
         self._authority = authority
+        self._bounds = bounds
         self._context: ssl.SSLContext | None = None
-        self._server: Server | None = None
+        self._server: DoorServer | None = None
         self._thread: threading.Thread | None = None
         self._loaded = b""
         self._looked_ms = self._tended_ms = 0
@@ -79,7 +63,7 @@ class Boxes:
         if 0 <= now_ms - self._looked_ms < LOOK_MS:
             return
         self._looked_ms = now_ms + AGAIN_MS  # unless all of it can be done
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             self._start()
         if not 0 <= now_ms - self._tended_ms < HOUR_MS:
             self._authority.tend()
@@ -105,23 +89,27 @@ class Boxes:
             raise ConfigError(f"{self._authority.folder / 'ca.json'} listen", "expected IP:PORT such as 0.0.0.0:8443")
         context = self._load()
         taken = listen(host, int(port))
+        taken.listen(self._bounds.connections)  # who waits for a place
+        bounds = fitting(self._bounds, open_files(2 * self._bounds.connections + OTHER_FILES))
         config = uvicorn.Config(
             create_app(self._site, self._authority),
-            log_level="warning",
+            loop="asyncio",
+            log_level="error",  # what strangers send is counted, not logged: a log line a request would fill the disk
             access_log=False,
             timeout_graceful_shutdown=1,
             ws="none",
-            http=Protocol,
-            ssl_context_factory=lambda *_: context,
+            server_header=False,
+            headers=[("connection", "close")],  # a box asks once
+            h11_max_incomplete_event_size=self._bounds.head_bytes,
         )
-        self._server = Server(config)
+        self._server = DoorServer(config, Door(taken, context, self._site.counters, bounds))
         self._thread = threading.Thread(target=self._serve, args=(self._server, taken), name="boxes", daemon=True)
         self._thread.start()
 
     @staticmethod
-    def _serve(server: Server, taken: socket.socket) -> None:
+    def _serve(server: DoorServer, taken: socket.socket) -> None:
         with taken:
-            server.run(sockets=[taken])
+            server.run()
 
     def _load(self) -> ssl.SSLContext:
         """Return the context with what the authority's files hold now; connections that are open keep theirs."""
@@ -129,6 +117,7 @@ class Boxes:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._context.minimum_version = ssl.TLSVersion.TLSv1_2
             self._context.verify_mode = ssl.CERT_OPTIONAL
+            self._context.options |= ssl.OP_NO_RENEGOTIATION
         folder = self._authority.folder
         files = [OS_FILES.read(folder / name) for name in ("server.pem", "server.key", "trust.pem")]
         if b"".join(files) == self._loaded:

@@ -11,6 +11,7 @@ import binascii
 from typing import Any
 
 import msgspec
+import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -18,6 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from pydantic import BaseModel, Field
 
 from api.assets.book import IN_SERVICE, Book
+from api.assets.coordinates import gcj02_to_cgcs2000
+from api.fleet import Commissioned
 from api.pki import certificates
 from api.pki.ca import Authority
 from api.pki.journal import Issued
@@ -27,7 +30,10 @@ from api.site import Site
 from citybrain.errors import NotFound, UsageError
 from citybrain.layout import Layout, blob_name
 from citybrain.mailbox import Command
+from citybrain.model import Place
 from citybrain.pictures import MAX_PHOTO, media_type
+
+MOST_OFF_M = 1000.0  # [U] our choice
 
 
 class Sealed(BaseModel):
@@ -46,7 +52,10 @@ class Point(msgspec.Struct, frozen=True):
 
 
 class Sheet(msgspec.Struct, frozen=True):
-    """What the technician confirms: who, where (degrees, WGS 84), when (Unix ms), and each point."""
+    """What the technician confirms: who, where (degrees, WGS-84), when (Unix ms), and each point.
+
+    accuracy_m: how far the position may be off, 0 where nobody knows.
+    """
 
     gateway: str
     technician: str
@@ -56,6 +65,16 @@ class Sheet(msgspec.Struct, frozen=True):
     points: tuple[Point, ...]
     note: str = ""
     photo: str = ""
+    accuracy_m: float = 0.0
+
+
+class Taken(BaseModel):
+    """A sheet that was taken, and how its place compares with the ledger's."""
+
+    command: str = Field(description="id of the command that the desk has been given")
+    distance_m: float | None = Field(description="from where the ledger has the gateway; null where it has no place")
+    misplaced: bool = Field(description="farther than 100 m and the position's own uncertainty")
+    gcj02: bool = Field(description="the position fits the ledger's if it is a public map's (GCJ-02), not a receiver's")
 
 
 def points(book: Book, latest: Latest, gateway: str) -> list[dict[str, Any]]:
@@ -76,10 +95,11 @@ def points(book: Book, latest: Latest, gateway: str) -> list[dict[str, Any]]:
     return found
 
 
-def commissioned(site: Site, authority: Authority, box: Issued, sealed: Sealed) -> str:
+def commissioned(site: Site, authority: Authority, box: Issued, sealed: Sealed, place: Place) -> Taken:
     """Check and keep a sheet, and hand it to the desk; return the command's id, the same for the same sheet.
 
-    Raises UsageError where the signature or the sheet is not right.
+    place: where the ledger has the gateway; a sheet that contradicts it is taken, and said. Raises UsageError where the
+    signature or the sheet is not right.
     """
     verify(sealed, certificates.read_certificate(authority.pem(box.serial), box.serial).public_key())
     try:
@@ -90,8 +110,7 @@ def commissioned(site: Site, authority: Authority, box: Issued, sealed: Sealed) 
         raise UsageError(f"sheet gateway: it is {sheet.gateway[:64]}'s, your certificate is {box.name}'s")
     if not sheet.technician.strip():
         raise UsageError("sheet technician: say who commissions")
-    if not (-180 <= sheet.lon <= 180 and -90 <= sheet.lat <= 90):
-        raise UsageError(f"sheet lon, lat: {sheet.lon}, {sheet.lat} are not degrees")
+    check_position(sheet)
     photo = photo_of(sheet, sealed)
     if photo:
         site.layout.put_blob(photo)
@@ -99,10 +118,33 @@ def commissioned(site: Site, authority: Authority, box: Issued, sealed: Sealed) 
     content = site.layout.put_blob(msgspec.json.encode(kept))
     seen = [point.device for point in sheet.points if point.seen_at is not None]
     body: dict[str, Any] = {"gateway": box.name, "sheet": content, "devices": seen, "lon": sheet.lon, "lat": sheet.lat}
-    body["photo"] = sheet.photo
+    body |= {"photo": sheet.photo, "accuracy_m": sheet.accuracy_m}
     made = Command(content[:24], "gateway_commission", sheet.technician, site.clock.now_ms(), body, sheet.note)
     store(site, site.desk, made)
-    return made.id
+    return compared(made.id, sheet, place)
+
+
+def check_position(sheet: Sheet) -> None:
+    """Refuse a position that is none; raises UsageError."""
+    for name, value, most in (("lon", sheet.lon, 180), ("lat", sheet.lat, 90)):
+        if not -most <= value <= most:
+            raise UsageError(f"sheet {name}: {value:g} is not within ±{most} degrees; expected WGS-84, longitude first")
+    if sheet.lon == sheet.lat == 0.0:
+        raise UsageError("sheet lon, lat: 0, 0 is what a receiver without a fix says; wait for one, or give --gps")
+    if not 0 <= sheet.accuracy_m <= MOST_OFF_M:
+        what = f"expected 0 to {MOST_OFF_M:g} m: a position that is off by more says nothing"
+        raise UsageError(f"sheet accuracy_m: {sheet.accuracy_m:g}: {what}")
+
+
+def compared(command: str, sheet: Sheet, place: Place) -> Taken:
+    """Return how a sheet's place compares with the ledger's, as the list of gateways has it from then on."""
+    said = Commissioned(sheet.at, sheet.technician, "", sheet.lon, sheet.lat, sheet.accuracy_m)
+    away_m, misplaced = said.away_m(place), said.misplaced(place)
+    lon, lat = gcj02_to_cgcs2000(np.array([sheet.lon]), np.array([sheet.lat]))
+    as_map = msgspec.structs.replace(said, lon=float(lon[0]), lat=float(lat[0]))
+    distance_m = None if away_m is None else round(away_m, 1)
+    gcj02 = misplaced and not as_map.misplaced(place)
+    return Taken(command=command, distance_m=distance_m, misplaced=misplaced, gcj02=gcj02)
 
 
 def photo_of(sheet: Sheet, sealed: Sealed) -> bytes:

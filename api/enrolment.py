@@ -19,7 +19,7 @@ import yaml
 from cryptography import x509
 
 from api.pki import certificates
-from api.pki.ca import Authority
+from api.pki.ca import Authority, box_step
 from api.pki.journal import Issued
 from citybrain.clock import MINUTE_MS, iso
 from citybrain.errors import ConfigError, NotFound, TransitionError, UsageError
@@ -105,7 +105,7 @@ def enrol(authority: Authority, code: str, request: x509.CertificateSigningReque
         if newer or any(at_ms >= found.made_ms for at_ms in revoked):
             why = "a newer code has been made for this gateway" if newer else "the gateway has been revoked since"
             raise TransitionError(f"the code holds no more: {why}; ask the centre for another")
-        return signing(found.gateway, key, "enrol", found.hash, board), False
+        return signing(box_step("enrol", found.gateway, board, found.hash), key), False
 
 
 def renew(authority: Authority, serial: str, request: x509.CertificateSigningRequest) -> tuple[Issued, bool]:
@@ -122,11 +122,14 @@ def renew(authority: Authority, serial: str, request: x509.CertificateSigningReq
         latest = authority.book().latest("gateway")[shown.name]
         if latest.key == print_ and latest.state(now_ms) == "valid" and latest.serial != shown.serial:
             return latest, True
-        return signing(shown.name, key, "renew", "", shown.board), False
+        return signing(box_step("renew", shown.name, shown.board), key), False
 
 
 class Throttle:
-    """Who tried too many wrong codes waits. In memory: 80 bits need no more than to be noticed."""
+    """Whose wrong codes are not looked at any more. In memory: 80 bits need no more than to be noticed.
+
+    A code that is there is taken all the same: one address may be a whole fleet's.
+    """
 
     def __init__(self) -> None:
         self._wrong: dict[str, deque[int]] = {}

@@ -6,7 +6,7 @@ and `/v1/status` all say what stands here. All limits are in `Limits`, each with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from typing import Literal
 
@@ -37,6 +37,11 @@ class Limits(msgspec.Struct, frozen=True):
         60.0  # a case that its platform does not know of for a minute; the shortest deadline is half an hour
     )
     restart_s: float = 600.0  # [U] our choice: who looks every ten minutes sees each of them
+    certificate_days: float = 14.0  # of a box or service: renewed four months before its end, so by now that has failed
+    tended_days: float = 30.0  # [U] of what the centre renews itself: 60 (list) or 122 days (server) before its end
+    authority_days: float = 365.0  # from then on what it signs ends before its year is over
+    clock_s: float = 10.0  # [U] our choice: NTP keeps a box within 0.1 s; 10 s put an event behind its consequence
+    backlog: int = 1000  # [U] our choice: of a box that is heard: some hours of a quiet one, minutes of a busy one
     errors_per_min: float = 1.0  # an error a minute goes on; a single one is a line in the log
 
 
@@ -74,6 +79,24 @@ class Late(msgspec.Struct, frozen=True):
     spooled: int | None
 
 
+class Ending(msgspec.Struct, frozen=True):
+    """Something that holds until a time: `authority`, `list` (of revocations), `server`, `service` or `gateway`.
+
+    left_s: real seconds until then, below 0 afterwards.
+    """
+
+    kind: str
+    name: str
+    left_s: float
+
+
+class Misplaced(msgspec.Struct, frozen=True):
+    """A box that by its commissioning sheet stands elsewhere than the ledger has it."""
+
+    id: str
+    distance_m: float
+
+
 class Vitals(msgspec.Struct, frozen=True):
     """What is judged. Rates are per minute of real time."""
 
@@ -81,6 +104,7 @@ class Vitals(msgspec.Struct, frozen=True):
     silent: tuple[str, ...] = ()  # other processes
     stages: Mapping[str, Stage] = {}
     gateways: int = 0
+    spooled: Mapping[str, int] = {}  # messages in each gateway's spool, as it last said
     late: tuple[Late, ...] = ()
     values_per_min: float = 0.0
     dropped_per_min: Mapping[str, float] = {}
@@ -89,6 +113,8 @@ class Vitals(msgspec.Struct, frozen=True):
     outbox_s: float = 0.0
     outbox_waiting: int = 0
     restarted: Mapping[str, float] = {}  # process → seconds since it was started again
+    endings: tuple[Ending, ...] = ()
+    misplaced: tuple[Misplaced, ...] = ()
 
 
 class Reason(msgspec.Struct, frozen=True):
@@ -138,11 +164,13 @@ def judge(vitals: Vitals, limits: Limits = LIMITS) -> list[Reason]:
         *_disk(vitals.disk, limits),
         *_lag(vitals.stages, limits),
         *_gateways(vitals, limits),
+        *_endings(vitals.endings, limits),
         *_errors(vitals.errors_per_min, limits),
         *_dropped(vitals, limits),
         *_outbox(vitals, limits),
         *(Reason("degraded", "silent", {"process": name}) for name in vitals.silent),
         *_restarted(vitals.restarted, limits),
+        *_misplaced(vitals.misplaced),
     ]
     return sorted(found, key=lambda reason: -LEVELS.index(reason.level))  # stable: as pressing as they stand above
 
@@ -183,6 +211,34 @@ def _gateways(vitals: Vitals, limits: Limits) -> Iterable[Reason]:
         yield Reason(level, "gateways_unheard", facts)
     else:
         yield Reason(level, "gateways_late", {**facts, "late": float(most.late_s)})
+
+
+def _endings(endings: Iterable[Ending], limits: Limits) -> Iterable[Reason]:
+    """What locks everybody out when it ends has a reason of its own; boxes are told together."""
+    days = {"authority": limits.authority_days, "list": limits.tended_days, "server": limits.tended_days}
+    boxes = []
+    for one in sorted(endings, key=lambda each: each.left_s):
+        if one.left_s >= days.get(one.kind, limits.certificate_days) * 86_400:
+            continue
+        if one.kind == "gateway":
+            boxes.append(one)
+        elif one.left_s <= 0:
+            yield Reason("down", f"{one.kind}_ended", {"name": one.name})
+        else:
+            yield Reason("degraded", f"{one.kind}_ends", {"name": one.name, "left": float(one.left_s)})
+    if boxes:
+        first, count = boxes[0], f"{len(boxes)}"
+        if first.left_s <= 0:
+            yield Reason("degraded", "gateway_ended", {"count": count, "gateway": first.name})
+        else:
+            yield Reason("degraded", "gateway_ends", {"count": count, "gateway": first.name, "left": first.left_s})
+
+
+def _misplaced(misplaced: Sequence[Misplaced]) -> Iterable[Reason]:
+    if misplaced:
+        most = max(misplaced, key=lambda each: each.distance_m)
+        facts: dict[str, str | float] = {"count": f"{len(misplaced)}", "gateway": most.id}
+        yield Reason("degraded", "misplaced", {**facts, "distance": f"{most.distance_m:.0f}"})
 
 
 def _errors(errors: Mapping[str, float], limits: Limits) -> Iterable[Reason]:

@@ -23,6 +23,8 @@ from streams.logs import LogStore
 from streams.ruleset import Rule, decode_ruleset
 
 if TYPE_CHECKING:
+    from api.fleet import Fleet
+    from api.pki.ca import Authority
     from streams.history.query import History
 
 PIPELINE = ("ingest", "worker", "desk")  # without each of these no reading becomes a case
@@ -70,6 +72,8 @@ class Site:
         self._opening = threading.Lock()
         self._rules: dict[str, Mapping[str, Rule]] = {}
         self._history: History | None = None
+        self._authority: Authority | None = None
+        self._fleet: Fleet | None = None
 
     @contextlib.contextmanager
     def database(self) -> Iterator[Connection]:
@@ -91,6 +95,29 @@ class Site:
 
                 self._history = History(self.layout, self.run.shards, self.logs)
         return self._history
+
+    @property
+    def authority(self) -> Authority | None:
+        """The certificate authority, None where there is none; what it needs is loaded by the first who asks."""
+        there = False
+        with self._opening:
+            with contextlib.suppress(PermissionError):  # another user's: whoever serves boxes says so
+                there = (self.layout.ca / "server.pem").exists()
+            if self._authority is None and there:
+                from api.pki.ca import Authority  # noqa: PLC0415  few runs have one
+
+                self._authority = Authority(self.layout)
+            return self._authority
+
+    @property
+    def fleet(self) -> Fleet:
+        """The boxes, and what is remembered of them between two looks."""
+        with self._opening:
+            if self._fleet is None:
+                from api.fleet import Fleet  # noqa: PLC0415  it needs us
+
+                self._fleet = Fleet(self)
+            return self._fleet
 
     def heartbeats(self) -> dict[str, Heartbeat]:
         """Return the last heartbeat of every process of this run that ever said something, by its name."""

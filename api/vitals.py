@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from api.disk import Disk
-from api.health import ELSEWHERE, LIMITS, Late, Stage, Vitals
+from api.fleet import endings_of, late_of, misplaced_of
+from api.health import ELSEWHERE, Stage, Vitals
 from api.site import PIPELINE, Site, in_charge, ready, role_of, standing_by
 from citybrain.counters import Heartbeat
 
@@ -91,26 +92,6 @@ def _slowness(stage: Stage) -> tuple[float, float, bool]:
     return (stage.now_s, stage.p99_s, bool(stage.process))
 
 
-def late_gateways(site: Site) -> list[Late]:
-    """Return the gateways of which nothing was heard for 90 s of platform time, the longest silent first."""
-    now_ms, found = site.clock.now_ms(), []
-    for gateway in site.latest.registry.gateways:
-        seen = site.latest.seen(gateway.id)
-        newest = max(seen.received_at or 0, seen.observed_at or 0)
-        if now_ms - newest > LIMITS.gateway_silent_ms:
-            found.append(
-                Late(gateway.id, round((now_ms - newest) / 1000, 1) if newest else None, spooled(site, gateway.id))
-            )
-    return sorted(found, key=lambda late: (late.late_s is not None, -(late.late_s or 0.0), late.id))
-
-
-def spooled(site: Site, gateway: str) -> int | None:
-    """Return how many messages a gateway's spool held when it last said so, None where it never did."""
-    own = site.latest.find(gateway)
-    value = site.latest.values(own).get("spooled") if own is not None else None
-    return None if value is None else int(value.value)
-
-
 def quarantine(beats: Mapping[str, Heartbeat]) -> tuple[int, dict[str, int]]:
     """Return how many messages wait for their device to be adopted, and the devices with most of them."""
     mine = [beat for beat in beats.values() if role_of(beat.process) == "ingest"]
@@ -142,18 +123,23 @@ def gather(site: Site, beats: Mapping[str, Heartbeat], now_ms: int, waiting: int
     """Return what `api.health.judge` is given. `now_ms` is real time; `waiting`: messages in the outbox."""
     found = stages(beats, site.run.clock.speed, now_ms)
     again = restarts(beats)
+    fleet = site.fleet
+    boxes = fleet.boxes(beats)
     return Vitals(
         missing=tuple(_missing(beats, now_ms, site.run.shards)),
         silent=tuple(name for name, beat in sorted(beats.items()) if _silent(name, beat, now_ms)),
         stages=found,
-        gateways=len(site.latest.registry.gateways),
-        late=tuple(late_gateways(site)),
+        gateways=len(boxes),
+        spooled={box.gateway.id: box.spooled for box in boxes if box.spooled is not None},
+        late=tuple(late_of(boxes, site.clock.now_ms())),
         values_per_min=taken(beats, now_ms, "values_total")[1],
         dropped_per_min=dropped_per_min(beats, now_ms),
         errors_per_min=errors_per_min(beats, now_ms),
         disk=disk(site),
         outbox_s=found["outbox"].now_s,
         outbox_waiting=waiting,
+        endings=(*fleet.endings(now_ms), *endings_of(boxes, now_ms)),
+        misplaced=tuple(misplaced_of(boxes)),
         restarted={name: (now_ms - beat.started) / 1000 for name, beat in beats.items() if name in again},
     )
 

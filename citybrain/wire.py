@@ -29,6 +29,8 @@ WINDOW_MESSAGES = 32
 WINDOW_BYTES = 512 * 1024
 MAX_SEQ = 2**53 - 1  # JSON's exact integers: any client can count that far
 
+MAX_FAILING, MAX_WHY = 16, 200  # drivers named in a status, and characters of each reason
+
 MAX_BLOB = 1024 * 1024
 CHUNK_BYTES = 63 * 1024  # of content in one message of the blob lane: with both headers below 64 KiB
 
@@ -89,8 +91,23 @@ class Ack(msgspec.Struct, frozen=True):
     v: int = VERSION
 
 
+class About(msgspec.Struct, frozen=True):
+    """What a box says of itself with its status; all of it may be missing, as from an earlier release.
+
+    version: of its software. config: SHA-256 of the gateway.yaml in force, in hex. failing: its drivers that do not
+    work, with why; at most `MAX_FAILING`.
+    """
+
+    version: str = ""
+    config: str = ""
+    failing: dict[str, str] = {}
+
+
 class Status(msgspec.Struct, frozen=True):
-    """A gateway's birth or will. `connection` counts its connections; an older one is ignored."""
+    """A gateway's birth, told again where something changed, or its will.
+
+    `connection` counts its connections; an older one is ignored.
+    """
 
     connection: int
     online: bool
@@ -98,6 +115,7 @@ class Status(msgspec.Struct, frozen=True):
     serial: str = ""
     spool: str = ""  # what the gateway's spool found damaged when it started
     v: int = VERSION
+    about: About = About()
 
 
 class _JsonFrame(msgspec.Struct):
@@ -370,14 +388,18 @@ def decode_status(payload: bytes) -> Status:
         status = _status.decode(payload)
     except NOT_JSON as error:
         raise WireError("malformed", f"status: {error}") from None
-    if (
-        not 0 <= status.connection <= MAX_SEQ
-        or abs(status.at) > MAX_SEQ
-        or len(status.serial) > 128
-        or len(status.spool) > 500
-    ):
+    long = any(len(text) > most for text, most in ((status.serial, 128), (status.spool, 500)))
+    if not 0 <= status.connection <= MAX_SEQ or abs(status.at) > MAX_SEQ or long:
         raise WireError(
             "malformed",
             "status: want 0 <= connection <= 2^53, a time in ms, a serial of up to 128 characters, spool of up to 500",
         )
+    failing = status.about.failing.items()
+    if (
+        max(len(status.about.version), len(status.about.config)) > 64
+        or len(failing) > MAX_FAILING
+        or any(len(driver) > 64 or len(why) > MAX_WHY for driver, why in failing)
+    ):
+        what = f"want version and config of up to 64 characters, up to {MAX_FAILING} failing drivers"
+        raise WireError("malformed", f"status: {what}, each with a reason of up to {MAX_WHY}")
     return status

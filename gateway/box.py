@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,7 @@ from citybrain.layout import Layout
 from citybrain.model import Lane
 from citybrain.orders import Order
 from citybrain.storage import OS_FILES, Files
+from citybrain.wire import About
 from edge.agent import Agent
 from edge.mailbox import Blob
 from gateway.config import GatewayConfig
@@ -51,6 +53,14 @@ def board_serial() -> str:
     return "unknown"
 
 
+def release() -> str:
+    """Return our software's version, "" where it was never installed."""
+    try:
+        return version("citybrain-senses")
+    except PackageNotFoundError:
+        return ""
+
+
 class Box:
     """The gateway of one data folder, working to one configuration. `run` returns when that is over."""
 
@@ -75,6 +85,7 @@ class Box:
         )
         self._sink = Paced(self.spool, monotonic_s, config.spool.commit_every / SECOND_MS)
         self._watchdog = watchdog
+        self._about = About(release(), config.sha256)
         self._broker = broker_of(folder, config)
         self._inbox: list[bytes] = []
         self._second_s = 0.0
@@ -86,7 +97,10 @@ class Box:
         self.service = GatewayService(
             uplink, self.config.gateway, self.config.shard, self._broker, self.clock, self._inbox.append
         )
-        vitals = Vitals(self.config.gateway, self.spool, self.clock, self.counters)
+        tls = self._broker.tls
+        certificate = Path(tls.certificate) if tls is not None else None
+        vitals = Vitals(self.config.gateway, self.spool, self.clock, self.counters, certificate)
+        self.service.tell(self._about)
         linger_ms = min(self.config.spool.commit_every, SECOND_MS)
         self._agent = Agent([self.lines, vitals], self._sink, BATCH, linger_ms)
         self.lines.hosts.start()
@@ -143,6 +157,7 @@ class Box:
         gauges["spooled"] = float(self.spool.spooled())
         gauges["online"] = float(self.service.ready)
         gauges["clock_offset_s"] = self.clock.offset_s
+        self.service.tell(msgspec.structs.replace(self._about, failing=self.lines.failing()))
         wrong = self.lines.wrong()
         gauges["wrong"] = float(len(wrong))
         details["gateway"] = {

@@ -6,6 +6,7 @@ Every driver's section is checked by the driver's own `Config`, whose module is 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import re
 from pathlib import Path
@@ -55,13 +56,14 @@ class SpoolPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GatewayConfig(msgspec.Struct, frozen=True):
-    """The whole file."""
+    """The whole file. sha256: of its text, in hex."""
 
     gateway: str
     shard: int
     broker: BrokerPart
     spool: SpoolPart = SpoolPart()
     drivers: tuple[Configured, ...] = ()
+    sha256: str = ""
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,7 +77,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def read_config(path: Path) -> GatewayConfig:
     """Read and check the file; raises ConfigError with file, line and field."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()
     except FileNotFoundError:
         raise ConfigError(str(path), "there is none: `citybrain gateway enrol` writes it") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -90,7 +92,8 @@ def parse_config(text: str, file: str = FILE) -> GatewayConfig:
     _check(raw, lines)
     drivers = tuple(_driver(name, section, lines) for name, section in raw.drivers.items())
     _one_owner(drivers, lines)
-    return GatewayConfig(raw.gateway, raw.shard, raw.broker, raw.spool, drivers)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return GatewayConfig(raw.gateway, raw.shard, raw.broker, raw.spool, drivers, digest)
 
 
 def _check(raw: _File, lines: Lines) -> None:

@@ -9,6 +9,7 @@ from citybrain.counters import Counters
 from citybrain.errors import NotFound, UsageError
 from citybrain.model import Lane, Reading
 from citybrain.orders import Order
+from citybrain.wire import MAX_FAILING, MAX_WHY
 from edge.driver import Request
 from edge.host import Hosts
 from gateway.config import GatewayConfig
@@ -70,6 +71,11 @@ class Lines:
         """Return what is wrong now, by driver or device."""
         found = {f"driver {name}": why for name, why in self.hosts.troubles().items()}
         return found | {f"device {device}": why for device, why in self.hosts.reasons().items()}
+
+    def failing(self) -> dict[str, str]:
+        """Return the drivers that do not work, with why, as a status has room for."""
+        troubles = sorted(self.hosts.troubles().items())[:MAX_FAILING]
+        return {name: why[:MAX_WHY] for name, why in troubles}
 
 
 def _summed(one: _Waiting) -> tuple[bool, str]:

@@ -19,7 +19,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from citybrain.clock import Clock, monotonic_s, real_unix_ms, system_clock
-from citybrain.wire import Status, encode_json, topic
+from citybrain.wire import About, Status, encode_json, topic
 from gateway.broker.dial import Broker, Dial
 from gateway.spool import Spool
 from gateway.uplink import Uplink
@@ -32,6 +32,10 @@ FIRST_RETRY_S = 0.25
 MOST_RETRY_S = 8.0
 SAY_AGAIN_S = 3600.0
 MOST_REASONS = 16
+TELL_LEAST_S, TELL_AGAIN_S = (
+    30.0,
+    3600.0,
+)  # a status that changed is told so often; one that did not, in case it was lost
 ASK_AGAIN_S = 300.0  # between two questions why the broker hangs up: each costs it a handshake
 TCP_BYTES = struct.Struct("=120x2Q")  # tcpi_bytes_acked, tcpi_bytes_received in struct tcp_info, linux/tcp.h
 
@@ -90,6 +94,8 @@ class GatewayService:
         self._ask = False
         self._dial: Dial | None = None
         self._counted = (0, 0)
+        self._about: About | None = None
+        self._told: tuple[float, About | None] = (0.0, None)  # when what was said of us last
 
     @property
     def spool(self) -> Spool:
@@ -182,6 +188,7 @@ class GatewayService:
             self._lost("the broker does not answer")
         self._take(mono_s)
         if self.ready and self._client is client:
+            self._tell(client, mono_s)
             self._send(client, mono_s)
 
     def reply(self, payload: bytes) -> bool:
@@ -192,6 +199,15 @@ class GatewayService:
         self._unconfirmed += 1
         self._check(client.publish(self._reply_topic, payload, qos=1).rc)
         return self._client is client
+
+    def tell(self, about: About) -> None:
+        """Have it said with every status from now on, and in between when it changes."""
+        self._about = about
+
+    def _tell(self, client: paho.Client, mono_s: float) -> None:
+        told_s, said = self._told
+        if self._about is not None and mono_s - told_s >= (TELL_AGAIN_S if said == self._about else TELL_LEAST_S):
+            self._publish_status(client, online=True)
 
     def _take(self, mono_s: float) -> None:
         inbox, self._inbox = self._inbox, []
@@ -305,10 +321,12 @@ class GatewayService:
 
     def _publish_status(self, client: paho.Client, *, online: bool) -> None:
         self._unconfirmed += 1
+        self._told = monotonic_s(), self._about
         client.publish(self._status_topic, self._status(online=online), qos=1)
 
     def _status(self, *, online: bool) -> bytes:
-        return encode_json(Status(self._connection, online, self._clock.now_ms(), self.spool.serial, self.spool.fault))
+        at, spool, about = self._clock.now_ms(), self.spool, self._about or About()
+        return encode_json(Status(self._connection, online, at, spool.serial, spool.fault, about=about))
 
     # --- paho's callbacks: they only note; whatever acts is done in `advance` ---
 

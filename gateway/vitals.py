@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from pathlib import Path
 
-from citybrain.clock import SECOND_MS, monotonic_s
+from citybrain.clock import DAY_MS, SECOND_MS, monotonic_s
 from citybrain.counters import Counters
+from citybrain.errors import ConfigError
 from citybrain.model import Lane, Reading
 from edge.driver import Quality
+from gateway.broker.certificate import read_certificate
 from gateway.spool import Spool
 from gateway.times import BoxClock
 
@@ -16,16 +19,51 @@ HOUR_S = 3600.0
 MARKS = 60  # of the last hour's bytes
 
 
+class Expiry:
+    """Until when our certificate is valid. The file is read when it is another one (a renewal), else once an hour."""
+
+    def __init__(self, path: Path, counters: Counters) -> None:
+        self._path = path
+        self._counters = counters
+        self._known: tuple[int, int] | None = None
+        self._read_s = -HOUR_S
+        self._not_after: int | None = None  # Unix s
+
+    def days(self, now_ms: int) -> float | None:
+        """Return the days that are left, one decimal, below zero once it has ended; None where it cannot be read."""
+        try:
+            found = self._path.stat()
+            known = (found.st_ino, found.st_mtime_ns)
+        except OSError:
+            known = None
+        if known != self._known or monotonic_s() - self._read_s >= HOUR_S:
+            self._known, self._read_s = known, monotonic_s()
+            self._read()
+        return None if self._not_after is None else round((self._not_after * 1000 - now_ms) / DAY_MS, 1)
+
+    def _read(self) -> None:
+        try:
+            self._not_after = read_certificate(self._path).not_after
+        except ConfigError as error:
+            self._not_after = None
+            self._counters.add("errors_total", stage="certificate")
+            self._counters.warn(str(error))
+
+
 class Vitals:
-    """A source (`edge.agent.Source`): `uptime_s`, `spooled`, `clock_offset_s`, `uplink_kb_per_h` (both directions), and
-    `quality`, which says that what we tell has no sure time where the clock is not set.
+    """A source (`edge.agent.Source`): `uptime_s`, `spooled`, `clock_offset_s`, `uplink_kb_per_h` (both directions),
+    `certificate_days` (where there is a certificate and the clock is set), and `quality`, which says that what we tell
+    has no sure time where the clock is not set.
     """
 
-    def __init__(self, gateway: str, spool: Spool, clock: BoxClock, counters: Counters) -> None:
+    def __init__(
+        self, gateway: str, spool: Spool, clock: BoxClock, counters: Counters, certificate: Path | None = None
+    ) -> None:
         self._gateway = gateway
         self._spool = spool
         self._clock = clock
         self._counters = counters
+        self._expiry = Expiry(certificate, counters) if certificate is not None else None
         self._since_s = monotonic_s()
         self._due_ms = 0
         self._marks: deque[tuple[float, int]] = deque([(self._since_s, self._bytes())], MARKS)
@@ -47,6 +85,8 @@ class Vitals:
         }
         if not self._clock.unset:
             values["clock_offset_s"] = round(self._clock.offset_s, 3)
+            if self._expiry is not None and (days := self._expiry.days(now_ms)) is not None:
+                values["certificate_days"] = days
         values["quality"] = float(Quality.CLOCK_UNSET if self._clock.unset else Quality.GOOD)
         return [(Lane.TELEMETRY, Reading(self._gateway, at_ms, values))]
 

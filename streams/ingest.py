@@ -36,6 +36,8 @@ class GatewayStatus(msgspec.Struct, frozen=True):
     at: int
     serial: str = ""
     spool: str = ""  # what its spool found damaged when it started
+    since: int = 0  # when we heard that first (Unix ms); 0 where an earlier release heard it
+    about: wire.About = wire.About()
 
 
 class Ingest:
@@ -126,13 +128,16 @@ class Ingest:
             raise WireError("wrong_shard", f"shard {shard} is not one of ours: {self.shards}")
         if channel == STATUS:
             intake.route(gateway, Lane.TELEMETRY)  # only to know that it is ours
-            self._status(gateway, payload)
+            self._status(gateway, payload, now_ms)
             return None
         way = self._routes[topic] = (intake, intake.route(gateway, wire.LANES[channel]))
         return way
 
-    def _status(self, gateway: str, payload: bytes) -> None:
-        """Keep a gateway's birth or will, unless it is an older connection's."""
+    def _status(self, gateway: str, payload: bytes, now_ms: int) -> None:
+        """Keep a gateway's birth or will, unless it is an older connection's.
+
+        A birth that is told again, because something in it has changed, is no new one.
+        """
         status = wire.decode_status(payload)
         last = self.gateways.get(gateway)
         if last is not None and status.serial == last.serial and status.connection < last.connection:
@@ -143,9 +148,13 @@ class Ingest:
             what = "it was replaced, or its card was cloned: two that take turns are a clone (docs/security.md)"
             self.counters.warn(f"gateway {gateway}: board {status.serial!r}, before it {last.serial!r}: {what}")
         self.counters.add("status_total")
-        self.gateways[gateway] = GatewayStatus(status.connection, status.online, status.at, status.serial, status.spool)
+        again = last is not None and _connection(status) == _connection(last)
+        since = last.since if again and last is not None else now_ms
+        self.gateways[gateway] = GatewayStatus(
+            status.connection, status.online, status.at, status.serial, status.spool, since, status.about
+        )
         self.counters.details["gateways"] = self.gateways
-        if status.online:
+        if status.online and not again:
             self.births.add(gateway)
 
     def _rubbish(self, topic: str, payload: bytes, now_ms: int, fault: WireError) -> None:
@@ -227,3 +236,7 @@ class Ingest:
         """Close the logs; what was not committed is lost."""
         for intake in self._intakes.values():
             intake.close()
+
+
+def _connection(status: wire.Status | GatewayStatus) -> tuple[str, int, bool]:
+    return status.serial, status.connection, status.online

@@ -13,7 +13,7 @@ import msgspec
 
 from api.assets.book import ASSET, IN_SERVICE, TO_STATE, Asset, Book, Sensor, Shape, Zone, registry_of
 from api.assets.findings import Finding, Refused, errors, finding
-from api.assets.kinds import metrics_of
+from api.assets.kinds import metrics_of, with_own
 from citybrain.errors import ConfigError, NotFound, UsageError
 from citybrain.machine import Moved
 from citybrain.model import Area, Cell, Gateway, Place, Road, Unit
@@ -266,6 +266,7 @@ class Sheet(msgspec.Struct, frozen=True):
     lon: float
     lat: float
     photo: str = ""  # its hash
+    accuracy_m: float = 0.0  # how far the position may be off, 0 where nobody knows
 
 
 def commission_gateway(book: Book, wish: Sheet) -> Changes:
@@ -286,14 +287,11 @@ def commission_gateway(book: Book, wish: Sheet) -> Changes:
     own = book.assets.get(wish.gateway)
     if own is not None:
         moved = ASSET.move(own.state, "activate" if own.state == "commissioning" else "edit")
-        after.append(msgspec.structs.replace(own, state=moved.after))
-        notes.append(
-            Note(
-                own.code,
-                moved,
-                {**details, "lon": wish.lon, "lat": wish.lat, "devices": len(wish.devices), "photo": wish.photo},
-            )
-        )
+        after.append(msgspec.structs.replace(own, state=moved.after, metrics=with_own(own.metrics)))
+        where: dict[str, Any] = {"lon": wish.lon, "lat": wish.lat}
+        if wish.accuracy_m:  # else a journal of the release before would be told otherwise
+            where["accuracy_m"] = wish.accuracy_m
+        notes.append(Note(own.code, moved, {**details, **where, "devices": len(wish.devices), "photo": wish.photo}))
     return Changes(book.version, tuple({one.code: one for one in after}.values()), notes=tuple(notes))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from sqlalchemy import Connection, select
@@ -18,6 +19,7 @@ from api.assets.book import Book
 from api.assets.changes import asset_of, encode_changes, near
 from api.assets.findings import errors, report
 from api.assets.importing import Result, read_import, sources_of
+from api.calls import Api
 from citybrain.cli import Subcommand, emit
 from citybrain.clock import from_iso, iso, monotonic_s, wait_s
 from citybrain.config import duration_ms
@@ -312,6 +314,33 @@ def _registers(desk: Desk) -> int:
     return 0
 
 
+def _gateways(desk: Desk) -> int:
+    """The boxes of a live run at a glance."""
+    found: list[dict[str, Any]] = []
+    asked = "limit=200" + (f"&wants={quote(desk.args.wants)}" if desk.args.wants else "")
+    query: str | None = asked
+    while query is not None:
+        told = Api(desk.layout).get(f"/v1/gateways?{query}")
+        found += told["items"]
+        query = f"{asked}&cursor={quote(told['next_cursor'])}" if told["next_cursor"] else None
+    if desk.args.json:
+        emit({"gateways": found}, as_json=True)
+        return 0
+    rows = [
+        (one["id"], "yes" if one["online"] else "no", _time(one["since"]), one["version"], one["config"][:12],
+         *("–" if one[name] is None else one[name] for name in ("spooled", "clock_offset_s", "certificate_days")),
+         ",".join(one["failing"]), _time((one["commissioned"] or {}).get("at")),
+         ",".join(want["code"] for want in one["wants"]))
+        for one in found
+    ]  # fmt: skip
+    _table(
+        ("gateway", "online", "since", "version", "config", "spooled", "clock_s", "cert_days", "failing",
+         "commissioned", "wants"),
+        rows,
+    )  # fmt: skip
+    return 0
+
+
 def _time(at_ms: int | None) -> str:
     return iso(at_ms) if at_ms is not None else "–"
 
@@ -332,6 +361,7 @@ ACTIONS: dict[str, Callable[[Desk], int]] = {
     "list": _list,
     "show": _show,
     "history": _history,
+    "gateways": _gateways,
     "quarantine": _quarantine,
     "adopt": _adopt,
     "replace": _replace,
@@ -345,7 +375,7 @@ ACTIONS: dict[str, Callable[[Desk], int]] = {
     "order": _order,
     "cancel": _cancel,
 }
-CHANGING = frozenset(ACTIONS) - {"list", "show", "history", "quarantine", "registers"}
+CHANGING = frozenset(ACTIONS) - {"list", "show", "history", "gateways", "quarantine", "registers"}
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -375,6 +405,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         made[name].add_argument("--from", dest="from_", default="now", metavar="TIME", help="now, +2h, or ISO 8601")
         made[name].add_argument("--until", required=True, metavar="TIME", help="+2h after --from, or ISO 8601")
     made["maintenance"].add_argument("--also-life", action="store_true", help="silence life-safety rules too")
+    made["gateways"].add_argument(
+        "--wants", default="", metavar="WHAT", help="care, or one kind of it (docs/enrolment.md)"
+    )
     made["order"].add_argument("gateway")
     made["order"].add_argument("what", choices=WHATS)
     made["order"].add_argument("--body", default="{}", metavar="JSON", help="what the order takes (docs/gateway.md)")

@@ -32,6 +32,7 @@ _ZONES = range(25, 46)
 _EPSG_BEFORE_ZONE = 4488  # EPSG:4513 is zone 25
 # GCJ-02 as it is publicly known: Krassowsky's ellipsoid, and the box in which the offset is applied [M].
 _AXIS_M, _ECCENTRICITY2 = 6_378_245.0, 0.00669342162296594323
+_EARTH_M = 6_371_008.8  # mean radius (IUGG)
 _BOX = (72.004, 137.8347, 0.8293, 55.8271)
 
 
@@ -102,6 +103,17 @@ def _offset(x: F64, y: F64) -> tuple[F64, F64]:
     north = -100.0 + 2.0 * x + 3.0 * y + 0.2 * y * y + 0.1 * x * y + 0.2 * root + waves
     north = north + (20.0 * np.sin(math.pi * y) + 40.0 * np.sin(math.pi / 3.0 * y)) * 2.0 / 3.0
     return east, north + (160.0 * np.sin(math.pi / 12.0 * y) + 320.0 * np.sin(math.pi / 30.0 * y)) * 2.0 / 3.0
+
+
+def distance_m(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """Return the metres between two places (longitude, latitude in degrees) on a sphere; error below 0.6 % [M].
+
+    >>> round(distance_m((121.4737, 31.2304), (121.4737, 31.2314)))
+    111
+    """
+    (lon, lat), (lon2, lat2) = ((math.radians(x), math.radians(y)) for x, y in (one, other))
+    half = math.sin((lat2 - lat) / 2) ** 2 + math.cos(lat) * math.cos(lat2) * math.sin((lon2 - lon) / 2) ** 2
+    return 2 * _EARTH_M * math.asin(math.sqrt(min(half, 1.0)))
 
 
 @lru_cache(maxsize=32)

@@ -50,3 +50,9 @@ def metrics_of(kind: str, tags: Sequence[str]) -> tuple[tuple[str, ...], tuple[s
         if profile.kind == kind and (not profile.tag or profile.tag in tags):
             return profile.metrics, profile.events
     raise UsageError(f"kind {kind[:40]!r}: expected one of {', '.join(kinds())}")
+
+
+def with_own(metrics: Sequence[str]) -> tuple[str, ...]:
+    """Return a gateway's metrics with those that this release's boxes tell of themselves: its entry may be older."""
+    own, _ = metrics_of("gateway", ())
+    return (*metrics, *(name for name in own if name not in metrics))

@@ -14,7 +14,7 @@ from api.assets.book import ASSET, IN_SERVICE, STATES, TO_STATE, Asset, Book, Se
 from api.assets.changes import Note, removed
 from api.assets.coordinates import PLAIN, to_cgcs2000
 from api.assets.findings import Finding, errors, finding, warning
-from api.assets.kinds import NAMES, kinds, metrics_of
+from api.assets.kinds import NAMES, kinds, metrics_of, with_own
 from api.assets.layers import DECIMALS, place_problem
 from api.assets.sheets import Line, Sheet, plain
 from api.cases.lookup import METRES_PER_DEGREE, Lookup, Places
@@ -228,7 +228,7 @@ def _own_assets(rows: Iterable[Row], book: Book, made: Assets, at_ms: int, reaso
         name = row.line.get("name") or (old.name if old else "")
         asset = Asset(row.code, "gateway", "active", row.place, row.code, metrics, events, name=name, since=at_ms)
         if old is not None:
-            asset = msgspec.structs.replace(old, place=row.place, name=name)
+            asset = msgspec.structs.replace(old, place=row.place, name=name, metrics=with_own(old.metrics))
         _add(asset, row.code, book, made, at_ms, reason)
 
 

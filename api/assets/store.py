@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Table, inspect, select
+from sqlalchemy import ColumnElement, Connection, Table, inspect, or_, select
 
 from api.assets import book as books
 from api.assets.book import Asset, Book, Register, Sensor, book_of
@@ -69,10 +69,32 @@ def read_book(connection: Connection, registry: Callable[[], Registry], at_ms: i
     )
 
 
-def _read_sensors(connection: Connection) -> dict[str, tuple[Sensor, ...]]:
+def read_behind(connection: Connection, registry: Callable[[], Registry], gateway: str, at_ms: int) -> Book:
+    """Return the part of the ledger that is about one gateway: itself, the assets behind it, and their sensors.
+
+    A fleet that enrols asks for it once a box; the whole of a city's ledger would take that long each time.
+    """
+    if not version_of(connection):
+        known = registry()
+        gateways = tuple(one for one in known.gateways if one.id == gateway)
+        behind = tuple(one for one in known.devices if gateway in (one.gateway, one.id))
+        return book_of(Registry(gateways, behind), at_ms)
+    entry = (organisation.c.kind == "gateways", organisation.c.key == gateway)
+    body = connection.execute(select(organisation.c.body).where(*entry)).scalar()
+    mine = or_(assets.c.gateway == gateway, assets.c.code == gateway)
+    rows = connection.execute(select(assets.c.code, assets.c.body).where(mine))
+    return Book(
+        version_of(connection),
+        {code: msgspec.json.decode(text_, type=Asset) for code, text_ in rows},
+        _read_sensors(connection, sensors.c.asset.in_(select(assets.c.code).where(mine))),
+        gateways={} if body is None else {gateway: msgspec.json.decode(body, type=Gateway)},
+    )
+
+
+def _read_sensors(connection: Connection, *where: ColumnElement[bool]) -> dict[str, tuple[Sensor, ...]]:
     found: dict[str, list[Sensor]] = {}
     order = (sensors.c.asset, sensors.c.installed_at, sensors.c.removed_at.is_(None), sensors.c.id)
-    for row in connection.execute(select(sensors).order_by(*order)).mappings():
+    for row in connection.execute(select(sensors).where(*where).order_by(*order)).mappings():
         one = Sensor(row["sensor"], row["asset"], row["installed_at"], row["removed_at"], row["reason"])
         found.setdefault(row["asset"], []).append(one)
     return {asset: tuple(own) for asset, own in found.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,8 @@ class Authority:
         self.clock = clock if clock is not None else system_clock()
         self.journal = Journal(self.folder / "journal.jsonl")
         self._book = Book()
-        self._size = 0
+        self._read = 0  # how far the journal was read, bytes
+        self._reading = threading.Lock()
         self._keys: dict[int, Key] = {}
         self.notes: list[str] = []  # what somebody has to look at; whoever uses us says it and empties it
 
@@ -84,11 +86,14 @@ class Authority:
             raise ConfigError(str(path), str(error)) from None
 
     def book(self) -> Book:
-        """Return what the journal comes to now; raises Damaged."""
-        size = OS_FILES.size(self.journal.path)
-        if size != self._size:
-            self._book, self._size = self.journal.book(), size
-        return self._book
+        """Return what the journal comes to now; only what is new is read. Raises Damaged."""
+        with self._reading:
+            size = OS_FILES.size(self.journal.path)
+            if size < self._read:  # another file: it was restored
+                self._book, self._read = Book(), 0
+            if size != self._read:
+                self._book, self._read = self.journal.follow(self._book, self._read)
+            return self._book
 
     def issued(self, serial: str) -> Issued:
         """Return a certificate's entry; raises NotFound."""
@@ -140,31 +145,19 @@ class Authority:
             self._tend()
         return number
 
-    def sign(
-        self,
-        kind: Kind,
-        name: str,
-        key: ec.EllipticCurvePublicKey,
-        actor: str,
-        reason: str,
-    ) -> Issued:
+    def sign(self, kind: Kind, name: str, key: ec.EllipticCurvePublicKey, actor: str, reason: str) -> Issued:
         """Sign a certificate and return its entry; raises UsageError, TransitionError where the authority has ended."""
         certificates.check_name(name, kind)
         if kind == "gateway" and name.startswith(SERVICE):
             raise UsageError(f"gateway {name!r}: names that begin with {SERVICE!r} are our own services'")
         with self._writing():
-            return self._sign_client(kind, name, key, actor, reason)
+            return self._sign_client(Step(0, "sign", actor, reason, name=name, kind=kind), key)
 
     @contextmanager
-    def writing(self) -> Iterator[Callable[[str, ec.EllipticCurvePublicKey, Event, str, str], Issued]]:
-        """Give a way to sign for a box (name, key, event, code, board) after looking at the book, as one step."""
-
-        def sign(name: str, key: ec.EllipticCurvePublicKey, event: Event, code: str, board: str) -> Issued:
-            actor = f"box {board}" if board else "box"
-            return self._sign_client("gateway", name, key, actor, "", event=event, code=code, board=board)
-
+    def writing(self) -> Iterator[Callable[[Step, ec.EllipticCurvePublicKey], Issued]]:
+        """Give a way to sign for a step (see `box_step`) after looking at the book, with nobody in between."""
         with self._writing():
-            yield sign
+            yield self._sign_client
 
     def make_service(self, name: str, actor: str, reason: str) -> tuple[Issued, bytes]:
         """Return a certificate for one of our own services, and its key in PEM, which is kept nowhere else."""
@@ -228,7 +221,7 @@ class Authority:
     def _found(self, number: int, setting: Setting, event: Event, actor: str, reason: str) -> None:
         now_ms, key = self.clock.now_ms(), certificates.new_key()
         until_ms = now_ms + AUTHORITY_MS
-        made = certificates.authority(key, f"{setting.name} CA {number}", _serial(), now_ms, until_ms)
+        made = certificates.authority(key, f"{setting.name} CA {number}", x509.random_serial_number(), now_ms, until_ms)
         passphrase = read_passphrase(setting.passphrase, self.layout.root)
         for old in self.book().authorities:
             self._key(old)  # a wrong passphrase is found before two authorities have different ones
@@ -243,50 +236,31 @@ class Authority:
             self._keys[number] = certificates.read_key(OS_FILES.read(path), str(path), passphrase)
         return self._keys[number]
 
-    def _sign(
-        self,
-        kind: Kind,
-        name: str,
-        key: ec.EllipticCurvePublicKey,
-        actor: str,
-        reason: str,
-        event: Event = "sign",
-        code: str = "",
-        board: str = "",
-        hosts: Sequence[str] = (),
-        number: int = 0,
-    ) -> Issued:
-        now_ms, book = self.clock.now_ms(), self.book()
-        number = number or book.current
-        ends_ms = book.authorities[number]
+    def _sign(self, asked: Step, key: ec.EllipticCurvePublicKey, hosts: Sequence[str] = ()) -> Issued:
+        """Sign for the name of a step (a server where there are hosts), write the step, and return what it comes to.
+
+        The step says who asks, why and for whom; when, until when, serial and key it gets here, and the present
+        authority where it names none. Raises TransitionError where the authority has ended.
+        """
+        now_ms, number = self.clock.now_ms(), asked.authority or self.book().current
+        ends_ms = self.book().authorities[number]
         if now_ms >= ends_ms:
             raise TransitionError(
                 f"authority {number} ended on {iso(ends_ms)}: `citybrain ca rotate` makes its successor"
             )
-        until_ms, serial = min(now_ms + CERTIFICATE_MS, ends_ms), _serial()
+        until_ms, number_of_it = min(now_ms + CERTIFICATE_MS, ends_ms), x509.random_serial_number()
         made = certificates.certificate(
-            self.root(number), self._key(number), key, name, serial, now_ms, until_ms, hosts
+            self.root(number), self._key(number), key, asked.name, number_of_it, now_ms, until_ms, hosts
         )
-        OS_FILES.replace(self.folder / "issued" / f"{serial:x}.pem", certificates.pem(made))
-        print_ = certificates.key_fingerprint(key)
-        step = Step(now_ms, event, actor, reason, number, f"{serial:x}", name, kind, until_ms, print_, code, board)
-        self._add([step])
-        return self.issued(f"{serial:x}")
+        serial, print_ = f"{number_of_it:x}", certificates.key_fingerprint(key)
+        OS_FILES.replace(self.folder / "issued" / f"{serial}.pem", certificates.pem(made))
+        facts = {"at": now_ms, "authority": number, "serial": serial, "until": until_ms, "key": print_}
+        self._add([msgspec.structs.replace(asked, **facts)])
+        return self.issued(serial)
 
-    def _sign_client(
-        self,
-        kind: Kind,
-        name: str,
-        key: ec.EllipticCurvePublicKey,
-        actor: str,
-        reason: str,
-        *,
-        event: Event = "sign",
-        code: str = "",
-        board: str = "",
-    ) -> Issued:
+    def _sign_client(self, asked: Step, key: ec.EllipticCurvePublicKey) -> Issued:
         """Sign, and let in again at the brokers who was shut out."""
-        made = self._sign(kind, name, key, actor, reason, event, code, board)
+        made = self._sign(asked, key)
         for folder in self.setting.brokers:
             broker.refresh(self, folder)
         return made
@@ -315,15 +289,8 @@ class Authority:
         if fine and have is not None and self.pem(have.serial) == OS_FILES.read(path) and not due(have, now_ms):
             return
         key = certificates.new_key()
-        made = self._sign(
-            "server",
-            SERVER,
-            key.public_key(),
-            "citybrain",
-            "renewed before its end",
-            hosts=setting.hosts,
-            number=number,
-        )
+        asked = Step(0, "sign", "citybrain", "renewed before its end", number, name=SERVER, kind="server")
+        made = self._sign(asked, key.public_key(), setting.hosts)
         OS_FILES.replace_private(self.folder / "server.key", certificates.key_pem(key))
         OS_FILES.replace(path, self.pem(made.serial))
 
@@ -362,6 +329,12 @@ class Authority:
             OS_FILES.replace_private(path, f"{secrets.token_urlsafe(32)}\n".encode())
 
 
+def box_step(event: Event, name: str, board: str, code: str = "") -> Step:
+    """Return the step of a box that asks for a certificate itself."""
+    actor = f"box {board}" if board else "box"
+    return Step(0, event, actor, name=name, kind="gateway", code=code, board=board)
+
+
 def due(one: Issued, now_ms: int) -> bool:
     """Return whether two thirds of a certificate's life are over: time to renew it."""
     return now_ms >= one.from_ms + (one.until_ms - one.from_ms) * 2 // 3
@@ -384,9 +357,8 @@ def read_passphrase(reference: str, root: Path) -> bytes:
 
 def _lists_fit(text: bytes, wanted: Sequence[set[Revoked]], now_ms: int) -> bool:
     """Return whether the revocation lists on disk hold what they are to hold, and are not old."""
-    end = b"-----END X509 CRL-----\n"
     try:
-        lists = [x509.load_pem_x509_crl(part + end) for part in text.split(end)[:-1]]
+        lists = certificates.read_lists(text)
     except ValueError:
         return False
     if len(lists) != len(wanted):
@@ -395,10 +367,6 @@ def _lists_fit(text: bytes, wanted: Sequence[set[Revoked]], now_ms: int) -> bool
     ends = [each.next_update_utc for each in lists]
     left = all(end_ is not None and end_.timestamp() * 1000 - now_ms >= LIST_LEFT_MS for end_ in ends)
     return left and serials == [{one.serial for one in each} for each in wanted]
-
-
-def _serial() -> int:
-    return x509.random_serial_number()
 
 
 def _replace(path: Path, data: bytes) -> None:

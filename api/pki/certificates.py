@@ -145,6 +145,12 @@ def revocations(
     return builder.sign(issuer_key, hashes.SHA256())
 
 
+def read_lists(pem: bytes) -> list[x509.CertificateRevocationList]:
+    """Return the revocation lists of a PEM file; raises ValueError."""
+    end = b"-----END X509 CRL-----\n"
+    return [x509.load_pem_x509_crl(part + end) for part in pem.split(end)[:-1]]
+
+
 def pem(made: x509.Certificate | x509.CertificateRevocationList) -> bytes:
     """Return a certificate or a revocation list in PEM."""
     return made.public_bytes(serialization.Encoding.PEM)

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from api.health import LIMITS
 from api.pki import certificates
 from api.pki.broker import BrokerFolder
 from api.pki.ca import Authority, Setting
+from api.pki.endings import endings
 from api.pki.journal import Issued
 from citybrain.cli import Subcommand, emit
-from citybrain.clock import iso
+from citybrain.clock import DAY_MS, iso
 from citybrain.errors import NotFound, UsageError
 from citybrain.layout import Layout
 from citybrain.storage import OS_FILES
@@ -73,14 +75,27 @@ def _valid(authority: Authority, gateway: str) -> list[str]:
 
 
 def _list(authority: Authority, args: argparse.Namespace) -> dict[str, Any]:
-    book = authority.book()
+    """`ending`: a name's last certificate, and it ends soon or has ended: it was not renewed."""
+    book, now_ms = authority.book(), authority.clock.now_ms()
+    latest = {one.serial for kind in ("gateway", "service", "server") for one in book.latest(kind).values()}
+    soon_ms = now_ms + int(LIMITS.certificate_days * DAY_MS)
+    ending = {one.serial for one in book.issued.values() if one.serial in latest and one.until_ms < soon_ms}
     shown = [_shown(authority, one) for one in book.issued.values()]
     return {
+        "ends": [
+            {"kind": one.kind, "name": one.name, "days": round(one.left_s * 1000 / DAY_MS, 1)}
+            for one in endings(authority, now_ms)
+        ],
         "authorities": [
             {"number": n, "until": iso(until_ms), "fingerprint": certificates.fingerprint(authority.root(n))}
             for n, until_ms in book.authorities.items()
         ],
-        "certificates": [one for one in shown if args.state in ("all", one["state"])],
+        "certificates": [
+            one
+            for one in shown
+            if args.state in ("all", one["state"])
+            or (args.state == "ending" and one["serial"] in ending and one["state"] != "revoked")
+        ],
     }
 
 
@@ -102,7 +117,9 @@ def _broker(authority: Authority, args: argparse.Namespace) -> dict[str, Any]:
 
 def _shown(authority: Authority, one: Issued) -> dict[str, Any]:
     shown: dict[str, Any] = {"serial": one.serial, "name": one.name, "kind": one.kind, "authority": one.authority}
-    shown |= {"state": one.state(authority.clock.now_ms()), "from": iso(one.from_ms), "until": iso(one.until_ms)}
+    now_ms = authority.clock.now_ms()
+    shown |= {"state": one.state(now_ms), "from": iso(one.from_ms), "until": iso(one.until_ms)}
+    shown["days"] = round((one.until_ms - now_ms) / DAY_MS, 1)
     if one.revoked_ms is not None:
         shown |= {"revoked": iso(one.revoked_ms), "reason": one.why}
     return shown
@@ -133,7 +150,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     made["sign"].add_argument("--out", type=Path, required=True, metavar="DIR", help="where certificate and trust go")
     made["revoke"].add_argument("serial", nargs="?", help="of the certificate, in hex")
     made["revoke"].add_argument("--gateway", metavar="ID", help="all valid certificates of a gateway or service")
-    made["list"].add_argument("--state", choices=("all", "valid", "revoked", "expired"), default="all")
+    made["list"].add_argument("--state", choices=("all", "valid", "ending", "revoked", "expired"), default="all")
     made["broker"].add_argument(
         "--out", type=Path, metavar="DIR", help="for a mosquitto of your own (default: the run's)"
     )
@@ -170,13 +187,16 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _print_list(told: dict[str, Any]) -> None:
-    names = ("serial", "name", "kind", "authority", "state", "from", "until")
+    names = ("serial", "name", "kind", "authority", "state", "from", "until", "days")
     rows = [names, *[tuple(str(one[name]) for name in names) for one in told["certificates"]]]
     widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
     for row in rows:
         sys.stdout.write(
             "  ".join(f"{value:<{width}}" for value, width in zip(row, widths, strict=True)).rstrip() + "\n"
         )
+    sys.stdout.write("\n")
+    for one in told["ends"]:
+        sys.stdout.write(f"{one['kind']} {one['name']}: {one['days']:g} days left\n")
 
 
 command = Subcommand("the certificate authority: who is who on the wire", _arguments, _run)

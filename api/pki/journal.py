@@ -117,22 +117,32 @@ class Journal:
 
         Raises Damaged where another line is not what was written.
         """
-        if not self.path.exists():
-            return []
-        text = self._files.read(self.path)
-        return [self._step(line, number) for number, line in enumerate(text.split(b"\n")[:-1], 1)]
+        return self._steps(0, 0)[0]
 
-    def book(self) -> Book:
-        """Return what the journal comes to; raises Damaged."""
-        book = Book()
-        for number, step in enumerate(self.read(), 1):
+    def follow(self, book: Book, start: int) -> tuple[Book, int]:
+        """Return a book with the steps behind byte `start` in it, and where to go on; raises Damaged.
+
+        The old one stays as it is: others may be looking at it.
+        """
+        steps, end = self._steps(start, book.steps)
+        after = Book(dict(book.authorities), dict(book.issued), dict(book.codes), book.steps)
+        for step in steps:
             try:
-                book.take(step)
+                after.take(step)
             except KeyError as error:
-                raise Damaged(
-                    str(self.path), number, f"line {number} is about {error}, which no line before made"
-                ) from None
-        return book
+                number = after.steps
+                what = f"line {number} is about {error}, which no line before made"
+                raise Damaged(str(self.path), number, what) from None
+        return after, end
+
+    def _steps(self, start: int, before: int) -> tuple[list[Step], int]:
+        """Return the steps behind byte `start`, which follow on `before` lines, and where the last whole line ends."""
+        if not self.path.exists():
+            return [], 0
+        text = self._files.read(self.path, start)
+        lines = text.split(b"\n")[:-1]
+        steps = [self._step(line, number) for number, line in enumerate(lines, before + 1)]
+        return steps, start + text.rfind(b"\n") + 1
 
     def add(self, steps: Iterable[Step]) -> None:
         """Append steps, synced; cuts off a torn line first."""

@@ -86,6 +86,18 @@ class Device(BaseModel):
     values: dict[str, Latest]
 
 
+class Commissioned(BaseModel):
+    """A gateway's last commissioning sheet."""
+
+    at: int = Field(description="Unix ms")
+    technician: str
+    sheet: str = Field(description="SHA-256 of the signed sheet")
+    lon: float = Field(description="where the technician stood, degrees, WGS-84")
+    lat: float = Field(description="degrees, WGS-84")
+    accuracy_m: float = Field(description="how far that may be off; 0 where the sheet does not say")
+    distance_m: float | None = Field(description="from where the ledger has the gateway; null where it has no place")
+
+
 class Gateway(BaseModel):
     """A gateway: online when a message of its came in the last 90 s of platform time."""
 
@@ -94,8 +106,20 @@ class Gateway(BaseModel):
     place: Place
     devices: int
     online: bool
+    since: int | None = Field(description="since when it is online, else when it was last heard, Unix ms")
     received_at: int | None = Field(description="arrival of its last message, Unix ms")
     observed_at: int | None = Field(description="time of its newest value, Unix ms")
+    version: str = Field(description="of its software; empty where it does not say")
+    config: str = Field(description="SHA-256 of the gateway.yaml in force; empty where it does not say")
+    failing: dict[str, str] = Field(description="drivers that do not work, with why")
+    spooled: int | None = Field(description="messages in its spool, as it last said")
+    clock_offset_s: float | None = Field(description="its clock minus its system's, as it last said")
+    certificate_ends_at: int | None = Field(description="Unix ms, real time; null where it has none that is valid")
+    certificate_days: float | None = Field(description="until then; below 0 afterwards")
+    commissioned: Commissioned | None = Field(description="its last commissioning; null where there was none")
+    wants: list[Named] = Field(
+        description="why somebody should care for it: offline, certificate, drivers, clock, backlog, place"
+    )
 
 
 class Evidence(BaseModel):

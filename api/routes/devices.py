@@ -1,4 +1,4 @@
-"""Devices with their latest values, and gateways."""
+"""Devices with their latest values."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import msgspec
 from fastapi import APIRouter, Query
 
 from api.routes import answers
-from api.routes.health import online
 from api.routes.rows import MOST, cursor_of, cursor_text, not_found
 from api.site import Here, Site
-from citybrain.model import Device, Gateway
+from citybrain.model import Device
 from citybrain.units import METRICS
 
 router = APIRouter(prefix="/v1", tags=["devices"])
@@ -50,29 +49,6 @@ def get_device(site: Here, id: str) -> answers.Device:
     if device is None:
         raise not_found("device", id)
     return _device(site, device)
-
-
-@router.get("/gateways")
-def list_gateways(site: Here) -> list[answers.Gateway]:
-    """Return all gateways: which are heard, and when they were last."""
-    registry = site.latest.registry
-    behind: dict[str, int] = {}
-    for device in registry.devices:
-        behind[device.gateway] = behind.get(device.gateway, 0) + (device.kind != "gateway")
-    return [_gateway(site, gateway, behind.get(gateway.id, 0)) for gateway in registry.gateways]
-
-
-def _gateway(site: Site, gateway: Gateway, devices: int) -> answers.Gateway:
-    seen = site.latest.seen(gateway.id)
-    return answers.Gateway(
-        id=gateway.id,
-        shard=gateway.shard,
-        place=answers.Place.model_validate(msgspec.to_builtins(gateway.place)),
-        devices=devices,
-        online=online(site, gateway.id),
-        received_at=seen.received_at,
-        observed_at=seen.observed_at,
-    )
 
 
 def _device(site: Site, device: Device) -> answers.Device:

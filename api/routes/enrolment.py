@@ -13,13 +13,15 @@ from pydantic import BaseModel, Field
 
 from api import commissioning as sheets
 from api import enrolment
+from api.assets.book import Book
+from api.assets.store import read_behind
+from api.assets.views import registry_in_force
 from api.pki import certificates
 from api.pki.ca import Authority
 from api.pki.journal import Issued
-from api.routes import answers
-from api.routes.assets import book_of
 from api.site import Here, Problem, Site
 from citybrain.errors import NotFound, TransitionError, UsageError
+from citybrain.model import Gateway
 
 router = APIRouter(prefix="/v1", tags=["boxes"])
 
@@ -90,14 +92,16 @@ def enrol(request: Request, site: Here, authority: Ours, asked: Enrol) -> Enroll
     """Sign a box's certificate for its one-time code; the same key may fetch the answer again for 15 minutes."""
     source, now_ms = request.client.host if request.client else "", authority.clock.now_ms()
     throttle: enrolment.Throttle = request.app.state.throttle
-    if throttle.waits(source, now_ms):
+    known = authority.book().codes.get(enrolment.code_hash(asked.code))
+    if known is None and throttle.waits(
+        source, now_ms
+    ):  # a good code is never kept waiting by its neighbours behind a NAT
         raise _refused(site, 429, "enrol_throttled", "too many wrong codes; wait ten minutes", "body code")
     try:
         csr = certificates.read_request(asked.request.encode())
     except UsageError as error:
         raise _refused(site, 400, "enrol_request", str(error), "body request") from None
-    known = authority.book().codes.get(enrolment.code_hash(asked.code))
-    shard = _shard(site, known.gateway) if known is not None else 0
+    shard = _gateway(site, known.gateway).shard if known is not None else 0
     try:
         config = enrolment.configuration(site.layout, authority, known.gateway, shard) if known is not None else ""
         issued, again = enrolment.enrol(authority, asked.code, csr, asked.board)
@@ -115,7 +119,7 @@ def renew(site: Here, authority: Ours, box: Box, asked: Renewal) -> Enrolled:
     """Sign the next certificate of the box that asks."""
     try:
         csr = certificates.read_request(asked.request.encode())
-        _shard(site, box.name)
+        _gateway(site, box.name)
         issued, again = enrolment.renew(authority, box.serial, csr)
     except UsageError as error:
         raise _refused(site, 400, "enrol_request", str(error), "body request") from None
@@ -129,15 +133,19 @@ def renew(site: Here, authority: Ours, box: Box, asked: Renewal) -> Enrolled:
 def points(site: Here, box: Box, id: str) -> dict[str, Any]:
     """Return what the ledger expects behind a gateway, and when each value was last seen here."""
     _own(box, id)
-    return {"gateway": id, "at": site.clock.now_ms(), "points": sheets.points(book_of(site), site.latest, id)}
+    return {"gateway": id, "at": site.clock.now_ms(), "points": sheets.points(_behind(site, id), site.latest, id)}
 
 
 @router.post("/gateways/{id}/commissioning", status_code=202)
-def commissioning(site: Here, authority: Ours, box: Box, id: str, sealed: sheets.Sealed) -> answers.Accepted:
-    """Take a commissioning sheet that the box has signed; the desk notes it and puts what was on trial in service."""
+def commissioning(site: Here, authority: Ours, box: Box, id: str, sealed: sheets.Sealed) -> sheets.Taken:
+    """Take a commissioning sheet that the box has signed; the desk notes it and puts what was on trial in service.
+
+    One whose place is not where the ledger has the gateway is taken too, and the answer says so.
+    """
     _own(box, id)
+    place = _gateway(site, id).place
     try:
-        return answers.Accepted(command=sheets.commissioned(site, authority, box, sealed))
+        return sheets.commissioned(site, authority, box, sealed, place)
     except UsageError as error:
         raise _refused(site, 422, "commissioning_sheet", str(error), "body") from None
 
@@ -147,15 +155,20 @@ def _own(box: Issued, gateway: str) -> None:
         raise Problem(403, "not_yours", f"gateway {gateway[:60]}", f"your certificate is {box.name}'s")
 
 
-def _shard(site: Site, gateway: str) -> int:
-    """Return a gateway's shard; raises Problem 409 where the ledger does not have it in use any more."""
-    book = book_of(site)
+def _behind(site: Site, gateway: str) -> Book:
+    with site.database() as db:
+        return read_behind(db, lambda: registry_in_force(site.layout), gateway, site.clock.now_ms())
+
+
+def _gateway(site: Site, gateway: str) -> Gateway:
+    """Return a gateway as the ledger has it; raises Problem 409 where it is not in use any more."""
+    book = _behind(site, gateway)
     asset = book.assets.get(gateway)
     if gateway not in book.gateways or (asset is not None and asset.state == "retired"):
         raise _refused(
             site, 409, "enrol_no_gateway", f"gateway {gateway} is not in use any more; ask the centre", "ledger"
         )
-    return book.gateways[gateway].shard
+    return book.gateways[gateway]
 
 
 def _answer(authority: Authority, issued: Issued, config: str) -> Enrolled:

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, func, select
 
 from api import vitals
 from api.disk import Disk
-from api.health import LEVELS, LIMITS, Late, Reason, Stage, judge, level_of
+from api.health import LEVELS, Reason, Stage, Vitals, judge, level_of
 from api.routes import answers, rows
 from api.site import Here, Problem, Site, not_live, ready, role_of, standing_by
 from api.status import run_name
@@ -67,7 +67,7 @@ def status(site: Here) -> answers.Status:
         dropped_per_min=vitals.dropped_per_min(beats, now_ms),
         lag_s=lag_s(vitals.ours(beats)),
         lag={name: _stage(stage) for name, stage in known.stages.items()},
-        gateways=gateways(site, known.late),
+        gateways=gateways(known),
         quarantine=answers.Quarantine(messages=waiting, devices=devices),
         disk=disk_state(known.disk),
         outbox=answers.OutboxState(
@@ -138,24 +138,16 @@ def processes(beats: Mapping[str, Heartbeat], now_ms: int) -> dict[str, answers.
     }
 
 
-def gateways(site: Site, late: Iterable[Late]) -> answers.Gateways:
+def gateways(known: Vitals) -> answers.Gateways:
     """Return how many gateways are heard, which are not, and what waits in their spools."""
-    all_ids = [gateway.id for gateway in site.latest.registry.gateways]
-    found = [answers.LateGateway(**msgspec.to_builtins(each)) for each in late]
+    found = [answers.LateGateway(**msgspec.to_builtins(each)) for each in known.late]
     return answers.Gateways(
-        online=len(all_ids) - len(found),
-        total=len(all_ids),
+        online=known.gateways - len(found),
+        total=known.gateways,
         offline=[each.id for each in found],
         late=found,
-        spooled=sum(vitals.spooled(site, gateway) or 0 for gateway in all_ids),
+        spooled=sum(known.spooled.values()),
     )
-
-
-def online(site: Site, gateway: str) -> bool:
-    """Return whether a message of the gateway came in the last 90 s of platform time."""
-    seen = site.latest.seen(gateway)
-    newest = max(seen.received_at or 0, seen.observed_at or 0)
-    return site.clock.now_ms() - newest <= LIMITS.gateway_silent_ms
 
 
 def database_counts(site: Site) -> dict[str, int]:
@@ -298,11 +290,14 @@ def _site_families(site: Site, beats: Mapping[str, Heartbeat], now_ms: int) -> l
     waiting = GaugeMetricFamily(
         PREFIX + "gateway_spooled", "messages in its spool, as it last said", labels=["gateway"]
     )
-    for gateway in site.latest.registry.gateways:
-        if (amount := vitals.spooled(site, gateway.id)) is not None:
-            waiting.add_metric([gateway.id], amount)
+    for gateway, amount in known.spooled.items():
+        waiting.add_metric([gateway], amount)
     level = LEVELS.index(level_of(judge(known)))
     found: list[Metric] = [GaugeMetricFamily(PREFIX + "health", "0 well, 1 degraded, 2 down", level), late, waiting]
+    left = GaugeMetricFamily(PREFIX + "left_seconds", "until a certificate or list ends", labels=["kind", "name"])
+    for ending in known.endings:
+        left.add_metric([ending.kind, ending.name], ending.left_s)
+    found.append(left)
     if known.disk is not None:
         for name, size in (("free", known.disk.free), ("total", known.disk.total), ("data", known.disk.data)):
             found.append(

@@ -135,8 +135,8 @@ def test_devices_have_latest_values_and_pages_are_complete(api: httpx.Client, si
 
 
 def test_gateways_say_when_they_were_heard(api: httpx.Client, site: Seeded) -> None:
-    eventually(lambda: any(gateway["online"] for gateway in api.get("/v1/gateways").json()))
-    gateways = {gateway["id"]: gateway for gateway in api.get("/v1/gateways").json()}
+    eventually(lambda: any(gateway["online"] for gateway in api.get("/v1/gateways").json()["items"]))
+    gateways = {gateway["id"]: gateway for gateway in api.get("/v1/gateways").json()["items"]}
     assert gateways["gw-01"]["received_at"] == site.now_ms
     assert gateways["gw-05"]["received_at"] is None
     assert gateways["gw-05"]["online"] is False

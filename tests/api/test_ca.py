@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from api.pki import certificates
 from api.pki.broker import BrokerFolder
 from api.pki.ca import AUTHORITY_MS, Authority, Setting, due
-from api.pki.journal import Journal, Step
+from api.pki.journal import Book, Journal, Step
 from citybrain.cli import main
 from citybrain.clock import DAY_MS, ManualClock, real_unix_ms
 from citybrain.errors import ConfigError, Damaged, NotFound, TransitionError, UsageError
@@ -207,7 +207,36 @@ def test_a_torn_line_is_cut_off_and_a_damaged_one_is_said(tmp_path: Path) -> Non
     assert [step.at for step in journal.read()] == [1, 3]
     journal.path.write_bytes(journal.path.read_bytes().replace(b"init", b"xxxx"))
     with pytest.raises(Damaged, match="line 1"):
-        journal.book()
+        journal.follow(Book(), 0)
+
+
+def test_what_is_new_in_the_journal_is_added_to_what_is_known(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    steps = [Step(1, "init", "li", authority=1, until=9), Step(2, "code", "li", name="gw-1", code="c", until=9),
+             Step(3, "enrol", "box", authority=1, serial="a", name="gw-1", kind="gateway", until=9, code="c"),
+             Step(4, "revoke", "li", "lost", authority=1, serial="a", name="gw-1", kind="gateway")]  # fmt: skip
+    known, read = Book(), 0
+    for step in steps:
+        journal.add([step])
+        with journal.path.open("ab") as file:
+            file.write(b'{"at":')  # and the power goes
+        before, size = known, len(known.issued)
+        known, read = journal.follow(known, read)
+        assert len(before.issued) == size, "whoever looks at the old one is not disturbed"
+    assert known == journal.follow(Book(), 0)[0]
+    assert known.issued["a"].why == "lost"
+    assert (known.codes["c"].serial, known.steps) == ("a", 4)
+    journal.add([Step(5, "revoke", "li", "x", serial="nobody")])
+    with pytest.raises(Damaged, match="line 5 is about 'nobody'"):
+        journal.follow(known, read)
+
+
+def test_a_journal_that_was_restored_is_read_anew(tmp_path: Path, authority: Authority) -> None:
+    backup = authority.journal.path.read_bytes()
+    Box(tmp_path, authority, "gw-1")
+    assert authority.book().latest("gateway")
+    authority.journal.path.write_bytes(backup)
+    assert not authority.book().latest("gateway")
 
 
 def test_lost_files_are_made_anew_from_the_journal(authority: Authority) -> None:

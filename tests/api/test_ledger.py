@@ -11,8 +11,9 @@ import pytest
 
 from api.assets.book import ASSET, REGISTER, Shape, registry_of
 from api.assets.changes import Changes, encode_changes
-from api.assets.store import read_book
+from api.assets.store import read_behind, read_book
 from api.desk import replay
+from api.fleet import read_sheets
 from citybrain.db.schema import alarms, asked, assets, cases, incidents, journal, registers, sensors, timeline
 from citybrain.db.store import open_store
 from citybrain.mailbox import Mailbox
@@ -151,6 +152,38 @@ def test_the_first_change_takes_over_the_registry_and_changes_nothing_else(city:
     plain = make_registry()
     assert sorted(after.devices, key=lambda d: d.id) == sorted(plain.devices, key=lambda d: d.id)
     assert registry_of(read_book_of(city)) == registry_of(msgspec.structs.replace(book, version=1))
+
+
+def test_what_is_about_one_gateway_is_read_without_the_rest_and_is_the_same(city: City) -> None:
+    def compare() -> None:
+        whole, at_ms = read_book_of(city), T0
+        for gateway in (*whole.gateways, "gw-99"):
+            with city.store.connect() as connection:
+                part = read_behind(connection, make_registry, gateway, at_ms)
+            mine = {code: one for code, one in whole.assets.items() if gateway in (one.gateway, code)}
+            assert dict(part.assets) == mine
+            assert dict(part.sensors) == {code: own for code, own in whole.sensors.items() if code in mine}
+            assert part.gateways.get(gateway) == whole.gateways.get(gateway)
+            assert part.version == whole.version
+
+    compare()  # the registry in force, before there is a ledger
+    adopt(city, "imei-1", "hyd-100")
+    city.command("r1", "asset_retire", {"asset": HYDRANTS[0]}, "gone")
+    compare()
+
+
+def test_the_last_sheet_of_each_gateway_is_found_in_its_history(city: City) -> None:
+    gateway = make_registry().gateways[0].id
+    adopt(city, gateway, gateway, kind="gateway", gateway=gateway)
+    sheet = {"gateway": gateway, "devices": [], "lon": 120.6, "lat": 31.3}
+    assert city.command("g1", "gateway_commission", {**sheet, "sheet": "aa"}).startswith("applied")
+    city.command("g2", "gateway_commission", {**sheet, "sheet": "bb", "lat": 31.4, "accuracy_m": 12.0}, at=MIN)
+    city.command("m1", "asset_commission", {"asset": gateway}, "back on trial", at=2 * MIN)
+    with city.store.connect() as connection:
+        found = read_sheets(connection)
+    assert set(found) == {gateway}
+    one = found[gateway]
+    assert (one.sheet, one.lon, one.lat, one.accuracy_m) == ("bb", 120.6, 31.4, 12.0)
 
 
 def read_book_of(city: City) -> Any:

@@ -20,10 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.assets.book import Book, registry_of
-from api.assets.changes import applied
+from api.assets.changes import Sheet, applied, commission_gateway
 from api.assets.coordinates import cgcs2000_to_gcj02, to_gauss
 from api.assets.findings import Finding, report
 from api.assets.importing import Result, Source, read_import, sources_of
+from api.assets.kinds import metrics_of
 from api.assets.sheets import column_number, letters
 from citybrain.errors import NotFound, UsageError
 from citybrain.i18n import catalogue
@@ -98,6 +99,18 @@ def changed(row: Sequence[str], **values: str) -> tuple[str, ...]:
 
 
 # --- what is right ------------------------------------------------------------------------------------------------
+
+
+def test_a_gateway_of_an_earlier_release_learns_what_boxes_tell_by_now() -> None:
+    """The same list again, or a commissioning sheet, and nothing of its entry is lost."""
+    own, _ = metrics_of("gateway", ())
+    before = applied(Book(), read(*AROUND).changes)
+    entry = msgspec.structs.replace(before.assets["gw-0"], metrics=("uptime_s", "value"))
+    old = msgspec.structs.replace(before, version=1, assets={**before.assets, "gw-0": entry})
+    again = applied(old, read(*AROUND, book=old).changes)
+    assert set(again.assets["gw-0"].metrics) == {*own, "value"}
+    (changed_,) = commission_gateway(old, Sheet("gw-0", "ab" * 32, (), 120.0, 31.0)).assets
+    assert changed_.metrics == again.assets["gw-0"].metrics
 
 
 def test_a_row_becomes_an_asset_with_its_place_found() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from api import vitals as vitals_of
 from api.disk import Disk, DiskWatch
-from api.health import Late, Reason, Stage, Vitals, judge, level_of
+from api.health import Ending, Late, Misplaced, Reason, Stage, Vitals, judge, level_of
 from api.site import not_live, of_this_run
 from api.status import KEYS, lines, verdict
 from citybrain.cli import language
@@ -205,6 +205,7 @@ def test_nothing_wrong_is_well() -> None:
     )
 
 
+DAY_S = 86_400.0
 GW = tuple(Late(f"gw-{n:02d}", 60.0 * n, 5) for n in (14, 2, 3))
 JUDGED = [
     (Vitals(missing=("worker-1",)), "down", "worker-1 does not work"),
@@ -225,6 +226,24 @@ JUDGED = [
     (Vitals(outbox_s=240, outbox_waiting=9), "degraded", "9 undelivered, the oldest for 4 min"),
     (Vitals(restarted={"worker": 120, "desk": 900}), "degraded", "worker restarted 2 min ago"),
     (Vitals(errors_per_min={"ingest: log": 30}), "degraded", "ingest: log errors, 30 a minute"),
+    (Vitals(endings=(Ending("authority", "2", 300 * DAY_S),)), "degraded",
+     "authority 2 ends in 300 d: citybrain ca rotate"),
+    (Vitals(endings=(Ending("authority", "2", -1.0),)), "down", "authority 2 has ended: no gateway gets in"),
+    (Vitals(endings=(Ending("list", "crl.pem", 20 * DAY_S),)), "degraded",
+     "revocation list ends in 20 d and was not renewed"),
+    (Vitals(endings=(Ending("list", "crl.pem", -1.0),)), "down", "revocation list has ended: no gateway gets in"),
+    (Vitals(endings=(Ending("server", "citybrain", 20 * DAY_S),)), "degraded",
+     "server certificate ends in 20 d and was not renewed"),
+    (Vitals(endings=(Ending("server", "citybrain", 0.0),)), "down", "server certificate has ended: no gateway gets in"),
+    (Vitals(endings=(Ending("service", "service-ingest", 13 * DAY_S),)), "degraded",
+     "certificate of service-ingest ends in 13 d: citybrain ca sign"),
+    (Vitals(endings=(Ending("service", "service-ingest", -5.0),)), "down", "certificate of service-ingest has ended"),
+    (Vitals(endings=(Ending("gateway", "gw-2", 13 * DAY_S), Ending("gateway", "gw-1", 5 * DAY_S))), "degraded",
+     "certificates not renewed: 2, gw-1 ends in 5 d"),
+    (Vitals(endings=(Ending("gateway", "gw-1", -5 * DAY_S),)), "degraded",
+     "certificates not renewed: 1, gw-1 has ended"),
+    (Vitals(misplaced=(Misplaced("gw-1", 120.4), Misplaced("gw-2", 230.0))), "degraded",
+     "not where the ledger has them: 2, gw-2 by 230 m"),
 ]  # fmt: skip
 
 
@@ -243,6 +262,12 @@ def test_what_matters_is_said(vitals: Vitals, level: str, words: str) -> None:
         Vitals(disk=Disk(100, 50, 1, grows_per_day=-5.0)),
         Vitals(outbox_s=5, outbox_waiting=9),
         Vitals(stages={"worker": Stage(0.1, 1, 9, "worker", up_s=120)}),  # what had piled up while it started
+        Vitals(
+            endings=tuple(
+                Ending(kind, "x", days * DAY_S)
+                for kind, days in (("gateway", 14), ("service", 14), ("list", 30), ("server", 30), ("authority", 365))
+            )
+        ),
         Vitals(stages={"outbox": Stage(20, 5, 20, "desk")}),  # the platform is slow; see outbox_s
     ],
 )

@@ -17,26 +17,33 @@ from urllib.parse import quote
 
 import httpx
 import msgspec
+import numpy as np
 import pytest
 
 from api import enrolment
+from api.assets.coordinates import cgcs2000_to_gcj02
 from api.commissioning import Sealed, verify
+from api.fleet import Commissioned
 from api.pki.ca import Authority, Setting
 from citybrain.cli import main
 from citybrain.clock import DAY_MS, real_unix_ms
 from citybrain.errors import TransitionError, Unavailable, UsageError
+from citybrain.model import Place
 from citybrain.pictures import MAX_PHOTO
 from citybrain.wire import blob_sha256
 from gateway.enrolment.commission import Accepted, parse_gps, points_of, read_photo, send, sheet
 from gateway.enrolment.enrol import enrol, read_invitation
 from gateway.enrolment.identity import Identity
-from gateway.enrolment.nmea import parse, position_of
+from gateway.enrolment.nmea import Fix, parse, position_of
 from gateway.enrolment.renew import caller_of
 from streams.evidence import EvidenceStore
+from streams.log import Control
+from streams.registry import encode_registry
 from streams.runtimes.supervisor import accepts
 from tests.conftest import end, eventually, unused_port
 from tests.seeded_site import Seeded, process, seeded
 
+FIX = Fix(121.4737, 31.205667, 10.3)
 GPS = ("--gps", "120.15,31.2")
 GGA = "$GPGGA,092750.000,3112.3400,N,12128.4220,E,1,8,1.03,61.7,M,55.2,M,,*67\r\n"
 
@@ -130,18 +137,18 @@ def test_a_sheet_for_people(site: Seeded, box: Path, capsys: pytest.CaptureFixtu
 def test_a_sheet_that_was_sent_twice_is_one(site: Seeded, box: Path) -> None:
     identity = Identity(box)
     caller = caller_of(identity, real_unix_ms())
-    text = sheet(points_of(caller, "gw-01"), "li", (120.0, 31.0), "")
+    text = sheet(points_of(caller, "gw-01"), "li", Fix(120.0, 31.0), "")
     first = send(caller, identity, box, text)
     sealed = msgspec.json.decode(max((box / "commissioning").iterdir()).read_bytes(), type=dict[str, str])
     again = caller.call("POST", "/v1/gateways/gw-01/commissioning", Accepted, sealed)
-    assert again.command == first
+    assert again == first
 
 
 def test_a_sheet_that_was_changed_or_is_anothers_is_refused(site: Seeded, box: Path, tmp_path: Path) -> None:
     identity = Identity(box)
     caller = caller_of(identity, real_unix_ms())
     found = points_of(caller, "gw-01")
-    text = sheet(found, "li", (120.0, 31.0), "").decode()
+    text = sheet(found, "li", Fix(120.0, 31.0), "").decode()
     path = "/v1/gateways/gw-01/commissioning"
 
     def refused(sheet_: str, signature: str) -> str:
@@ -158,7 +165,7 @@ def test_a_sheet_that_was_changed_or_is_anothers_is_refused(site: Seeded, box: P
     nobody = text.replace('"li"', '" "')
     assert "say who commissions" in refused(nobody, identity.seal(nobody.encode()))
     moon = text.replace("120.0", "1200.0")
-    assert "are not degrees" in refused(moon, identity.seal(moon.encode()))
+    assert "sheet lon: 1200 is not within ±180" in refused(moon, identity.seal(moon.encode()))
     assert "sheet: " in refused("{}", identity.seal(b"{}"))
     stranger = Identity(enrolled(site, tmp_path, "gw-02"))
     with pytest.raises(TransitionError, match="your certificate is gw-02's"):
@@ -195,7 +202,7 @@ def test_a_photo_that_is_another_or_none_is_refused(site: Seeded, box: Path, tmp
     path = "/v1/gateways/gw-01/commissioning"
 
     def refused(named: bytes, photo: str) -> str:
-        text = sheet(found, "li", (120.0, 31.0), "", named)
+        text = sheet(found, "li", Fix(120.0, 31.0), "", named)
         with pytest.raises(TransitionError) as caught:
             caller.call(
                 "POST", path, Accepted, {"sheet": text.decode(), "signature": identity.seal(text), "photo": photo}
@@ -238,7 +245,7 @@ def test_a_receiver_on_a_serial_line_says_where_we_are() -> None:
     speaking = threading.Thread(target=receiver)
     speaking.start()
     try:
-        assert position_of(os.ttyname(slave), 10.0) == (121.4737, 31.205667)
+        assert position_of(os.ttyname(slave), 10.0) == FIX
         silent.set()
         speaking.join()
         with pytest.raises(Unavailable, match="no position within"):
@@ -253,7 +260,135 @@ def test_a_receiver_on_a_serial_line_says_where_we_are() -> None:
 
 
 def test_sentences_that_say_nothing() -> None:
-    assert parse(GGA) == (121.4737, 31.205667)
+    assert parse(GGA) == FIX
     assert parse(GGA.replace("*67", "*68")) is None
     assert parse("$GPRMC,092751.000,V,,,,,,,,,,N*41") is None
     assert parse("") is None
+
+
+# --- the place ----------------------------------------------------------------------------------------------------
+
+
+def gateway_of(site: Seeded, id: str = "gw-01") -> dict[str, Any]:
+    items = httpx.get(f"{site.url}/v1/gateways", trust_env=False).json()["items"]
+    return next(one for one in items if one["id"] == id)
+
+
+def place_of(site: Seeded) -> tuple[float, float]:
+    place = next(one.place for one in site.district.registry.gateways if one.id == "gw-01")
+    return place.lon, place.lat
+
+
+def commission_at(
+    site: Seeded, box: Path, capsys: pytest.CaptureFixture[str], lon: float, lat: float, *more: str
+) -> tuple[dict[str, Any], str]:
+    """Commission from a place, and wait until the list of gateways has it."""
+    words = ("--technician", "王工", "--gps", f"{lon},{lat}", "--partial", *more)
+    code, told, err = cli(capsys, box, *words)
+    assert code == 0, err
+
+    def listed() -> bool:
+        sheet = gateway_of(site)["commissioned"]
+        return sheet is not None and (sheet["lon"], sheet["lat"]) == (lon, lat)
+
+    eventually(listed, what="the sheet in the list")
+    return told, err
+
+
+def misplaced_reasons(site: Seeded) -> list[str]:
+    reasons = httpx.get(f"{site.url}/v1/status", trust_env=False).json()["health"]["reasons"]
+    return [one["text"]["en"] for one in reasons if one["code"] == "misplaced"]
+
+
+def test_a_box_that_stands_elsewhere_is_taken_and_said_until_the_sheet_is_corrected(
+    site: Seeded, box: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lon, lat = place_of(site)
+    north = round(lat + 230 / 111_195, 6)
+    told, err = commission_at(site, box, capsys, lon, north)
+    assert (told["sent"], told["misplaced"], round(told["distance_m"])) == (True, True, 230)
+    assert "230" in err
+    shown = gateway_of(site)
+    assert round(shown["commissioned"]["distance_m"]) == 230
+    assert shown["commissioned"]["technician"] == "王工"
+    assert "place" in [one["code"] for one in shown["wants"]]
+    assert misplaced_reasons(site) == ["not where the ledger has them: 1, gw-01 by 230 m"]
+    careful = httpx.get(f"{site.url}/v1/gateways?wants=place", trust_env=False).json()["items"]
+    assert [one["id"] for one in careful] == ["gw-01"]
+    told, err = commission_at(site, box, capsys, lon, round(lat + 90 / 111_195, 6))
+    assert (told["misplaced"], "stands" in err or "距" in err) == (False, False)
+    assert misplaced_reasons(site) == []
+
+
+def test_the_positions_own_uncertainty_is_granted(site: Seeded, box: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lon, lat = place_of(site)
+    told, _ = commission_at(site, box, capsys, lon, round(lat + 120 / 111_195, 6), "--accuracy", "50")
+    assert told["misplaced"] is False
+    assert gateway_of(site)["commissioned"]["accuracy_m"] == 50.0
+
+
+def test_a_public_maps_position_is_recognised(site: Seeded, box: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lon, lat = place_of(site)
+    x, y = cgcs2000_to_gcj02(np.array([lon]), np.array([lat]))
+    told, err = commission_at(site, box, capsys, round(float(x[0]), 6), round(float(y[0]), 6))
+    assert told["misplaced"]
+    assert "GCJ-02" in err
+
+
+def test_until_the_ledger_is_corrected(site: Seeded, box: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same sheet stands where the ledger has the box once that is put right; nothing is commissioned again."""
+    lon, lat = place_of(site)
+    east = round(lon + 0.004, 6)
+    commission_at(site, box, capsys, east, lat)
+    assert "place" in [one["code"] for one in gateway_of(site)["wants"]]
+    moved = [
+        msgspec.structs.replace(one, place=msgspec.structs.replace(one.place, lon=east)) if one.id == "gw-01" else one
+        for one in site.district.registry.gateways
+    ]
+    registry = msgspec.structs.replace(site.district.registry, gateways=tuple(moved))
+    try:
+        site.control(Control("registry", site.now_ms, "test", site.layout.put_blob(encode_registry(registry))))
+        eventually(lambda: gateway_of(site)["place"]["lon"] == east)
+        assert "place" not in [one["code"] for one in gateway_of(site)["wants"]]
+    finally:
+        site.control(Control("registry", site.now_ms, "test", site.registry))
+
+
+@pytest.mark.parametrize(
+    ("lon", "lat", "accuracy_m", "says"),
+    [
+        (1200.0, 31.0, 0.0, "sheet lon: 1200 is not within ±180"),
+        (31.2, 121.5, 0.0, "sheet lat: 121.5 is not within ±90 degrees; expected WGS-84, longitude first"),
+        (0.0, 0.0, 0.0, "sheet lon, lat: 0, 0 is what a receiver without a fix says"),
+        (120.0, 31.0, -1.0, "sheet accuracy_m: -1"),
+        (120.0, 31.0, 5000.0, "sheet accuracy_m: 5000: expected 0 to 1000 m"),
+    ],
+)
+def test_bad_coordinates_are_refused_with_what_and_where(
+    site: Seeded, box: Path, lon: float, lat: float, accuracy_m: float, says: str
+) -> None:
+    identity = Identity(box)
+    caller = caller_of(identity, real_unix_ms())
+    text = sheet(points_of(caller, "gw-01"), "li", Fix(lon, lat, accuracy_m), "")
+    with pytest.raises(TransitionError) as caught:
+        send(caller, identity, box, text)
+    assert says in str(caught.value)
+
+
+def test_a_sheet_of_the_release_before_and_a_centre_of_the_release_before(site: Seeded, box: Path) -> None:
+    """An older box says no accuracy; an older centre answers with the command alone."""
+    identity = Identity(box)
+    caller = caller_of(identity, real_unix_ms())
+    found = points_of(caller, "gw-01")
+    said = msgspec.json.decode(sheet(found, "li", Fix(*place_of(site)), "0.1.0"), type=dict[str, Any])
+    del said["accuracy_m"]
+    taken = send(caller, identity, box, msgspec.json.encode(said))
+    assert (taken.misplaced, taken.distance_m) == (False, 0.0)
+    old = msgspec.json.decode(b'{"command":"c1"}', type=Accepted)
+    assert (old.misplaced, old.distance_m) == (False, None)
+
+
+def test_what_a_ledger_without_a_place_and_a_step_that_is_no_sheet_come_to() -> None:
+    said = Commissioned(1, "li", "ab", 120.0, 31.0)
+    nowhere = Place(0.0, 0.0, "")
+    assert (said.away_m(nowhere), said.misplaced(nowhere)) == (None, False)

@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ from citybrain.cli import main
 from citybrain.clock import DAY_MS, MINUTE_MS, Clock, ManualClock, real_unix_ms
 from citybrain.counters import read_heartbeats
 from citybrain.errors import ConfigError, ProtocolError, TransitionError, Unavailable, UsageError
+from citybrain.layout import Active
+from citybrain.model import Gateway
 from gateway.enrolment.centre import Caller, checked_context, clock_is_sound, unchecked_context
 from gateway.enrolment.enrol import Answer, Trust, enrol, read_invitation
 from gateway.enrolment.identity import Identity
 from gateway.enrolment.renew import caller_of, renew
+from streams.log import Control
+from streams.registry import encode_registry
 from streams.runtimes.supervisor import accepts
 from tests.conftest import eventually, unused_port
 from tests.seeded_site import Seeded, process, seeded
@@ -246,8 +251,10 @@ def test_a_wrong_code_is_refused_and_many_have_to_wait(tmp_path: Path) -> None:
             with pytest.raises(TransitionError, match="there is no such code"):
                 enrol(tmp_path, wrong, real_unix_ms(), BOARD)
         with pytest.raises(TransitionError, match="too many wrong codes"):
-            enrol(tmp_path, good, real_unix_ms(), BOARD)
+            enrol(tmp_path, wrong, real_unix_ms(), BOARD)
         assert not Identity(tmp_path).enrolled
+        enrol(tmp_path, good, real_unix_ms(), BOARD)
+        assert Identity(tmp_path).enrolled, "its neighbours behind the same address must not keep a box out"
 
 
 def test_who_waited_may_try_again() -> None:
@@ -406,3 +413,26 @@ def test_the_api_goes_on_without_boxes_and_serves_them_as_soon_as_it_can(tmp_pat
 
         eventually(warned, 20, "the taken port being said")
         assert httpx.get(site.url + "/v1/gateways", trust_env=False).status_code == 200
+
+
+@pytest.mark.soak
+def test_500_boxes_behind_one_address_enrol_at_once(tmp_path: Path) -> None:
+    """Each with the real client: two calls, a key of its own, a certificate signed."""
+    site, port = seeded(tmp_path / "site"), unused_port()
+    plain = site.district.registry
+    boxes = tuple(Gateway(f"box-{number:03d}", number % 2, plain.gateways[0].place) for number in range(500))
+    registry = site.layout.put_blob(encode_registry(msgspec.structs.replace(plain, gateways=plain.gateways + boxes)))
+    site.control(Control("registry", site.now_ms, "test", registry))
+    site.layout.write_active(Active(registry, site.ruleset))
+    authority = Authority(site.layout)
+    authority.init(Setting(("127.0.0.1",), listen=f"127.0.0.1:{port}"), "li", "test")
+    codes = [read_invitation(enrolment.invite(authority, one.id, DAY_MS, "li", "x").text) for one in boxes]
+
+    def enrolled(number: int) -> str:
+        return enrol(tmp_path / f"box-{number}", codes[number], real_unix_ms(), BOARD).gateway
+
+    with process(site.layout, "api", ready=site.url + "/healthz"), ThreadPoolExecutor(500) as fleet:
+        eventually(lambda: accepts("127.0.0.1", port), what="the listener for boxes")
+        eventually(lambda: len(httpx.get(f"{site.url}/v1/gateways?limit=200", trust_env=False).json()["items"]) == 200)
+        assert list(fleet.map(enrolled, range(500))) == [one.id for one in boxes]
+    assert len(authority.book().latest("gateway")) == 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from citybrain.errors import ConfigError
 from citybrain.i18n import catalogue
 from citybrain.model import Lane
 from citybrain.storage import OS_FILES
+from citybrain.wire import About
 from gateway.config import read_config
 from gateway.times import BoxClock
 from tests.certificates import Authority
@@ -70,7 +73,10 @@ def test_it_says_ready_tells_its_vitals_lives_and_ends_cleanly(
         assert code == 0
         while "STOPPING=1" not in told:
             told.append(systemd.recv(1000).decode())
-    assert [status.online for name, status in platform.statuses if name == GATEWAY] == [True, False]
+    statuses = [status for name, status in platform.statuses if name == GATEWAY]
+    assert [status.online for status in statuses] == [True, False]
+    config = hashlib.sha256((folder / "gateway.yaml").read_bytes()).hexdigest()
+    assert [status.about for status in statuses] == 2 * [About(version("citybrain-senses"), config)]
 
 
 # --- the process --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from citybrain.model import Lane, Reading
 from citybrain.wire import (
     LANES,
     WINDOW_MESSAGES,
+    About,
     Ack,
     Status,
     decode_status,
@@ -155,6 +156,29 @@ def test_birth_and_farewell_carry_the_connection_and_the_board(
     eventually(lambda: polled(again) and len(platform.statuses) == 3)
     assert platform.statuses[-1][1].connection > birth.connection
     again.close()
+
+
+def test_what_a_box_says_of_itself_is_told_with_its_birth_and_when_it_changes(
+    tmp_path: Path, mosquitto: int, platform: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.service.TELL_LEAST_S", 0.2)
+    service = opened(tmp_path, mosquitto)
+    service.tell(About("0.1.0", "ab" * 32))
+    drive(service)
+    eventually(lambda: polled(service) and len(platform.statuses) == 1)
+    assert platform.statuses[0][1].about == About("0.1.0", "ab" * 32)
+    service.tell(About("0.1.0", "ab" * 32, {"meters": "no such port"}))
+    eventually(lambda: polled(service) and len(platform.statuses) == 2)
+    again = platform.statuses[1][1]
+    assert (again.online, again.connection, again.about.failing) == (
+        True,
+        service.spool.connection,
+        {"meters": "no such port"},
+    )
+    service.tell(About("0.1.0", "ab" * 32, {"meters": "no such port"}))
+    service.close()
+    eventually(lambda: len(platform.statuses) >= 3)
+    assert [status.online for _, status in platform.statuses] == [True, True, False], "what has not changed is not told"
 
 
 def test_a_cut_line_leaves_the_will_and_the_backlog_follows(

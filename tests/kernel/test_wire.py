@@ -181,7 +181,12 @@ def test_a_wrong_ack_is_refused(payload: bytes) -> None:
 def test_acks_and_statuses_go_both_ways() -> None:
     ack = wire.Ack("event", 7, 12)
     assert wire.decode_ack(wire.encode_json(ack)) == ack
-    status = wire.Status(connection=3, online=True, at=5, serial="abc")
+    status = wire.Status(connection=3, online=True, at=5, serial="abc", about=wire.About("1.2", "00", {"bus": "gone"}))
     assert wire.decode_status(wire.encode_json(status)) == status
+    many = {f"d{number}": "gone" for number in range(wire.MAX_FAILING + 1)}
+    for about in (wire.About("x" * 65), wire.About("", "x" * 65), wire.About(failing=many),
+                  wire.About(failing={"d": "x" * (wire.MAX_WHY + 1)})):  # fmt: skip
+        with pytest.raises(WireError, match="status: want version and config"):
+            wire.decode_status(wire.encode_json(wire.Status(3, True, 5, about=about)))
     with pytest.raises(WireError, match="status"):
         wire.decode_status(b"[]")

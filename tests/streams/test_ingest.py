@@ -460,6 +460,31 @@ def test_counts_add_up(platform: Platform) -> None:
     assert count("values_total") + platform.dropped("unknown_device") + platform.dropped("out_of_range") == 3
 
 
+def test_a_birth_that_is_told_again_is_no_new_one_and_says_what_has_changed(platform: Platform) -> None:
+    def status(connection: int, *, online: bool = True, **about: Any) -> None:
+        told = wire.Status(connection, online, NOW, "s1", about=wire.About("0.1.0", "ab" * 32, **about))
+        platform.ingest.message(wire.topic(0, "gw-a", "status"), wire.encode_json(told), NOW + connection * 1000)
+
+    status(4)
+    assert platform.ingest.births == {"gw-a"}
+    platform.ingest.births.clear()
+    status(4, failing={"meters": "no such port"})
+    known = platform.ingest.gateways["gw-a"]
+    assert (known.about.version, known.about.failing) == ("0.1.0", {"meters": "no such port"})
+    assert (platform.ingest.births, known.since) == (set(), NOW + 4000), "orders are not published again for it"
+    status(4, online=False)
+    status(5)
+    assert platform.ingest.births == {"gw-a"}
+    assert platform.ingest.gateways["gw-a"].since == NOW + 5000
+
+
+def test_a_heartbeat_of_the_release_before_is_gone_on_with(platform: Platform) -> None:
+    old = {"connection": 3, "online": True, "at": NOW, "serial": "s1", "spool": ""}
+    platform.ingest.resume({"gateways": {"gw-a": old}})
+    assert platform.ingest.gateways["gw-a"].since == 0
+    assert platform.ingest.gateways["gw-a"].about == wire.About()
+
+
 def test_status_of_an_older_connection_is_ignored(platform: Platform) -> None:
     def status(connection: int, online: bool, serial: str = "s1") -> None:
         payload = wire.encode_json(wire.Status(connection, online, NOW, serial))
