@@ -23,13 +23,13 @@ Told = list[tuple[Lane, Reading]]
 
 def transitions(folder: Path, rule: str, tag: str, told: Told) -> list[tuple[Edge, float]]:
     """Return what a rule makes of what was told: (raise or clear, s since the beginning)."""
-    metrics, events = metrics_of("elevator", ["edge", tag])
+    metrics, events = metrics_of("elevator", [tag], "gw-0007")
     lanes = {Lane.TELEMETRY: set(metrics), Lane.EVENT: set(events)}
     for lane, reading in told:
         assert set(reading.values) <= lanes[lane]  # the platform takes each metric in the lane it came in
     said = [Said(one.observed_at, DEVICE, name, value) for _, one in told for name, value in one.values.items()]
     script = Script(said, [], [], [], [], end=said[-1].at)
-    kind = DeviceKind("elevator", ("edge", tag), tuple(metrics), tuple(events))
+    kind = DeviceKind("elevator", (tag,), tuple(metrics), tuple(events))
     layout = Layout(folder)
     layout.make()
     found = run_script(next(one for one in library().rules if one.id == rule), kind, script, layout)
