@@ -79,6 +79,7 @@ _ALL = (
     Metric("spooled", "messages", 0.0, 1e9, "待发消息", "spooled messages"),
     Metric("clock_offset_s", "s", -1e10, 1e10, "时钟偏差", "clock offset"),
     Metric("uplink_kb_per_h", "kB/h", 0.0, 1e9, "上行流量", "traffic of the uplink"),
+    Metric("certificate_days", "d", -36_500.0, 36_500.0, "证书剩余天数", "days the certificate is still valid"),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 

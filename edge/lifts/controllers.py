@@ -24,6 +24,11 @@ MODES, DIRECTIONS = 8, 3
 DOOR_ZONE, DOOR_CLOSED, OCCUPIED = 1, 2, 4
 # A press of the button lasts a second, the rules look at it for two: its end is told this long after the last press.
 ALARM_HOLD_MS = 60_000
+BUTTON, TRAPPED = 90, 93  # as the platform's rules number them
+UNSERVED = (0, 1, 5, 6, 7)  # modes in which nobody is at the car who knows (rules/library/elevators.yaml)
+# How certain it is that somebody is trapped, with a passenger in a car that stands: the controller itself says so; the
+# button between floors; at a landing. With open doors he can walk out: a person looks at the button alone. [U], our choice.
+TOLD, PRESSED_OUTSIDE, PRESSED_LEVELLED, PRESSED_OPEN = 1.0, 0.95, 0.9, 0.5
 ALARM_AGAIN_MS = 5_000  # an alarm that is told again and again is a press each time, but no more than that often
 
 
@@ -250,7 +255,20 @@ class Car:
             "occupied": float(state.occupied),
             "door_closed": float(state.door_closed),
             "service_mode": float(state.mode),
+            "trapped_certainty": self._certainty(state),
         }
+
+    def _certainty(self, state: RunState) -> float:
+        """Return how certain it is that somebody is trapped: all of it is known here, before any of it travels."""
+        if not state.occupied or state.direction or state.mode not in UNSERVED:
+            return 0.0
+        if TRAPPED in self._active:
+            return TOLD
+        if BUTTON not in self._active:
+            return 0.0
+        if not state.door_closed and state.door_zone:
+            return PRESSED_OPEN
+        return PRESSED_LEVELLED if state.door_zone else PRESSED_OUTSIDE
 
     def _reading(self, at_ms: int, values: dict[str, float]) -> Reading:
         return Reading(self._device, at_ms, values)
