@@ -265,6 +265,24 @@ def test_an_old_rescue_that_nobody_closed_takes_no_new_passenger(city: City) -> 
     assert city.kinds() == {"rescue": 2}
 
 
+def test_what_the_box_and_the_platform_see_of_one_hydrant_is_one_case(city: City) -> None:
+    city.raises("hydrant_local_pressure", HYDRANTS[0], at=0)
+    assert city.kinds() == {"case": 1}, "the box has judged already: nothing is waited for"
+    city.raises("hydrant_pressure_low", HYDRANTS[0], at=2 * MIN)
+    city.raises("hydrant_local_pressure", HYDRANTS[1], HYDRANTS[2], at=3 * MIN)
+    assert city.kinds() == {"case": 1}
+    assert city.one(cases)["category"] == "water_main_burst", "three of a zone, told by their boxes"
+
+
+def test_silence_told_by_the_box_and_noticed_by_the_platform_is_one_order(city: City) -> None:
+    city.raises("hydrant_offline", HYDRANTS[0], at=0)
+    city.raises("hydrant_silent", HYDRANTS[0], at=4 * MIN)
+    city.clears("hydrant_offline", HYDRANTS[0], at=4 * MIN)  # the box's word is a value of the device too
+    city.raises("hydrant_offline", HYDRANTS[0], at=11 * MIN)
+    city.raises("hydrant_wiring", HYDRANTS[0], at=20 * MIN)
+    assert city.kinds() == {"maintenance": 1}
+
+
 # --- maintenance --------------------------------------------------------------------------------------------------
 
 

@@ -26,8 +26,8 @@ DOOR_ZONE, DOOR_CLOSED, OCCUPIED = 1, 2, 4
 ALARM_HOLD_MS = 60_000
 BUTTON, TRAPPED = 90, 93  # as the platform's rules number them
 UNSERVED = (0, 1, 5, 6, 7)  # modes in which nobody is at the car who knows (rules/library/elevators.yaml)
-# How certain it is that somebody is trapped, with a passenger in a car that stands: the controller itself says so; the
-# button between floors; at a landing. With open doors he can walk out: a person looks at the button alone. [U], our choice.
+# How certain it is that somebody is trapped, with a passenger in a car that stands [U]: the controller itself says so;
+# the button between floors; at a landing; at a landing with open doors, where he can walk out.
 TOLD, PRESSED_OUTSIDE, PRESSED_LEVELLED, PRESSED_OPEN = 1.0, 0.95, 0.9, 0.5
 ALARM_AGAIN_MS = 5_000  # an alarm that is told again and again is a press each time, but no more than that often
 
