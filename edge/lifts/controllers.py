@@ -176,6 +176,7 @@ class Car:
         self._state: RunState | None = None
         self._active: dict[int, int] = {}  # numbers of what holds, with when it was told last
         self._released: set[int] = set()  # alarms that are over, and told as such later
+        self._certainty = 0.0  # that somebody is trapped
         self._none_told = False  # was it said since the start whether anything holds
 
     def state(self, state: RunState, at_ms: int) -> Said:
@@ -255,20 +256,29 @@ class Car:
             "occupied": float(state.occupied),
             "door_closed": float(state.door_closed),
             "service_mode": float(state.mode),
-            "trapped_certainty": self._certainty(state),
+            "trapped_certainty": self._judged(state),
         }
 
-    def _certainty(self, state: RunState) -> float:
-        """Return how certain it is that somebody is trapped: all of it is known here, before any of it travels."""
-        if not state.occupied or state.direction or state.mode not in UNSERVED:
-            return 0.0
+    def _judged(self, state: RunState) -> float:
+        """Return how certain it is that somebody is trapped: all of it is known here, before any of it travels.
+
+        A press lasts a second, being trapped does not: it ends where the car rides, stands open at a landing, is empty,
+        or somebody serves it.
+        """
+        away = not state.occupied or state.direction != 0 or state.mode not in UNSERVED
+        open_at_landing = state.door_zone and not state.door_closed
+        if away or open_at_landing:
+            self._certainty = 0.0
+        now = PRESSED_LEVELLED if state.door_zone else PRESSED_OUTSIDE
         if TRAPPED in self._active:
-            return TOLD
-        if BUTTON not in self._active:
-            return 0.0
-        if not state.door_closed and state.door_zone:
+            now = TOLD
+        elif BUTTON not in self._active:
+            now = 0.0
+        elif open_at_landing:
             return PRESSED_OPEN
-        return PRESSED_LEVELLED if state.door_zone else PRESSED_OUTSIDE
+        if not away:
+            self._certainty = max(self._certainty, now)
+        return self._certainty
 
     def _reading(self, at_ms: int, values: dict[str, float]) -> Reading:
         return Reading(self._device, at_ms, values)

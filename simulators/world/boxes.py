@@ -17,7 +17,7 @@ from simulators.world.roads import Spot
 
 PI_GATEWAYS = 60
 PIS_A_SHARD = PI_GATEWAYS // SHARDS
-GATEWAY_METRICS = ("uptime_s", "spooled", "clock_offset_s", "uplink_kb_per_h", "quality")
+GATEWAY_METRICS = ("uptime_s", "spooled", "clock_offset_s", "uplink_kb_per_h", "certificate_days", "quality")
 
 
 class Wired(msgspec.Struct, frozen=True):
