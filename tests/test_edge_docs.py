@@ -10,14 +10,18 @@ from types import ModuleType
 import pytest
 
 from api.assets.kinds import metrics_of
+from citybrain.model import Evidence
 from citybrain.units import METRICS
 from edge import limits, report
+from edge.driver import Quality
 from edge.drivers import camera, json_lines, modbus, modbus_rtu, modbus_tcp, registers
 from edge.limits import Limit
 from edge.report import Report
 from edge.vision import sources
 from gateway.config import parse_config
+from rules.files import library
 from simulators.lines import wire
+from streams.ruleset import kind_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {
@@ -68,6 +72,15 @@ def test_a_map_that_comes_along_is_read_at_once_and_names_its_source(name: str) 
     assert len(registers.blocks(found.registers, found.gap)) == len(tables)
     for one in found.registers:
         assert METRICS[one.metric].low <= one.range[0] < one.range[1] <= METRICS[one.metric].high
+
+
+def test_an_operator_reads_what_a_quality_means() -> None:
+    assert len(METRICS["quality"].meanings) == len(Quality)
+    rule = next(rule for rule in library().rules if rule.id == "hydrant_wiring")
+    kind, parameters = kind_of(rule)
+    evidence = Evidence("quality", float(Quality.UNPLUGGED), None, 0)
+    assert kind.explain(parameters, evidence, "zh") == "设备上报代码 6（接口已断开）"
+    assert kind.explain(parameters, evidence, "en") == "the device reports code 6 (unplugged)"
 
 
 @pytest.mark.parametrize("kind", registers.known_maps())
