@@ -5,6 +5,7 @@ Everything goes wrong at once, as in a bad night; each test waits for its own, t
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -37,11 +38,13 @@ class Night:
 def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Night]:
     city = City(tmp_path_factory.mktemp("city"))
     city.found()
-    with city.lines, running(city.layout, "run"), running(city.layout, "platform", "--reliable"):
+    with contextlib.ExitStack() as up:
+        up.enter_context(city.lines)
+        up.enter_context(running(city.layout, "run"))
         city.until(lambda: alive(city), 60, f"the centre being live: {city.layout.root / 'run.log'}")
+        up.enter_context(running(city.layout, "platform", "--reliable"))  # not before: a port that is taken is given up
         city.provision()
-        box = Process(city.box)
-        made = Night(city, box)
+        made = Night(city, Process(city.box))
         try:
             for device, metric in FIRST.items():
                 city.until(lambda d=device, m=metric: city.value(d, m) is not None, 40, f"{device} {metric}")  # type: ignore[misc]

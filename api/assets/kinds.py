@@ -50,14 +50,6 @@ def kinds() -> tuple[str, ...]:
     return tuple(dict.fromkeys(profile.kind for profile in profiles()))
 
 
-def metrics_of(kind: str, tags: Sequence[str], gateway: str = "") -> Lists:
-    """Return what an asset behind a gateway tells; raises UsageError for a kind nobody knows."""
-    for profile in profiles():
-        if profile.kind == kind and profile.tag != EDGE and (not profile.tag or profile.tag in tags):
-            return as_boxes_tell(kind, tags, gateway, (profile.metrics, profile.events))
-    raise UsageError(f"kind {kind[:40]!r}: expected one of {', '.join(kinds())}")
-
-
 def as_boxes_tell(kind: str, tags: Sequence[str], gateway: str, own: Lists) -> Lists:
     """Return an asset's lists, and behind a box what our drivers add to them; a metric keeps the lane it has.
 
@@ -71,3 +63,11 @@ def as_boxes_tell(kind: str, tags: Sequence[str], gateway: str, own: Lists) -> L
     metrics = [name for one in added for name in one.metrics if name not in known]
     events = [name for one in added for name in one.events if name not in known]
     return (*own[0], *metrics), (*own[1], *events)
+
+
+def metrics_of(kind: str, tags: Sequence[str], gateway: str = "") -> Lists:
+    """Return what an asset behind a gateway tells; raises UsageError for a kind nobody knows."""
+    for profile in profiles():
+        if profile.kind == kind and profile.tag != EDGE and (not profile.tag or profile.tag in tags):
+            return as_boxes_tell(kind, tags, gateway, (profile.metrics, profile.events))
+    raise UsageError(f"kind {kind[:40]!r}: expected one of {', '.join(kinds())}")
