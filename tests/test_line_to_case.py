@@ -158,6 +158,6 @@ def test_a_box_that_is_killed_in_the_middle_doubles_nothing(night: Night) -> Non
     created = Counter(one["data"]["number"] for one in city.delivered() if one["type"].endswith("created"))
     assert set(created.values()) == {1}, "each case once at the platform"
     assert len(created) == 4
-    status = city.get("/v1/status")
-    assert status["dropped"] == {}, "nothing that the box told was not used"
+    dropped = city.get("/v1/status")["dropped"]
+    assert set(dropped) <= {"stale_status"}, "every value is used; the will of who was killed may come late"
     assert not [one for one in city.get("/v1/gateways") if one["id"] == GATEWAY and not one["online"]]
