@@ -194,6 +194,13 @@ class Casework:
             if case["stage"] not in FINISHED:
                 self._tell(case["id"], events.CASE_RECOVERED, active=False)
 
+    def joined(self, case: Row, alarm: Row) -> None:
+        """Another rule says so too: the rescue has its clock already, which runs on where it looked over."""
+        moved = Moved(case["stage"], "joined", case["stage"], "another_rule_says_so")
+        self.ledger.note(self.now_ms, "case", case["id"], moved, alarm=alarm["id"], rule=alarm["rule"])
+        if case["rescued_at"] is not None:
+            self.trapped_again(case)
+
     def trapped_again(self, case: Row) -> None:
         """A rescue that looked over is not: its clock runs on."""
         if case["rescued_at"] is not None:

@@ -135,9 +135,19 @@ class Clerk:
         return id, joined.why
 
     def _rescue(self, incident: Row, alarm: int) -> None:
-        """Open the rescue of a life-safety alarm: now, whatever becomes of the incident it is linked to."""
+        """Open the rescue of a life-safety alarm: now, whatever becomes of the incident it is linked to.
+
+        Where the alarm of another rule is open at this subject, and its rescue goes on, that one is this alarm's too:
+        one car is one rescue, however many rules notice it.
+        """
         row = self.ledger.get(alarms, alarm)
         assert row is not None
+        others = [one for one in self.ledger.open_alarms(row["subject"]) if one["id"] != alarm]
+        lasting = [one for one in others if one["due_at"] is None or one["due_at"] > self.now_ms]
+        for known in filter(None, map(self._rescue_of, lasting)):
+            if known["stage"] not in FINISHED:
+                self.casework.joined(known, row)
+                return
         member = self._member(row)
         subject = Subject(member, member.rule.case.category, member, "life_safety")
         self.casework.open("rescue", incident, subject, [evidence_line(row, member)])
@@ -160,7 +170,7 @@ class Clerk:
                 self.trial_passed(transition.subject)
             return
         incident = self._incident(alarm["incident"])
-        rescue = self.ledger.rescue_of(alarm["id"])
+        rescue = self._rescue_of(alarm)
         if rescue is not None and came_back:
             self.casework.trapped_again(rescue)
         if incident["open"]:
@@ -195,8 +205,8 @@ class Clerk:
             due_at=change.due_at,
         )
         self._note("alarm", alarm["id"], change.moved, observed_at=transition.at_ms)
-        rescue = self.ledger.rescue_of(alarm["id"])
-        if rescue is not None:
+        rescue = self._rescue_of(alarm)
+        if rescue is not None and not self._still_in_danger(transition.subject):
             self.casework.rescued(rescue, transition.at_ms, "sensors_are_normal")
         if incident is not None and incident["open"]:
             self._ended(incident["id"])
@@ -214,8 +224,19 @@ class Clerk:
 
     def _settled(self, alarm: Row, incident: Row) -> bool:
         """Whether what an alarm led to is finished: a rescue, where it has one, else its incident."""
-        rescue = self.ledger.rescue_of(alarm["id"])
+        rescue = self._rescue_of(alarm)
         return rescue["stage"] in FINISHED if rescue is not None else not incident["open"]
+
+    def _rescue_of(self, alarm: Row) -> Row | None:
+        """Return the rescue that an alarm made or joined."""
+        own = self.ledger.rescue_of(alarm["id"])
+        if own is not None or alarm["incident"] is None or not is_rescue(self._rule_of(alarm)):
+            return own
+        return self.ledger.rescue_for(alarm["subject"])
+
+    def _still_in_danger(self, subject: str) -> bool:
+        """Whether some rule still says that a person is in danger there."""
+        return any(row["active"] and is_rescue(self._rule_of(row)) for row in self.ledger.open_alarms(subject))
 
     def _touch(self, incident: Row, rule: Rule, at_ms: int) -> None:
         self.ledger.set(
@@ -287,9 +308,10 @@ class Clerk:
         that was found false ends at once, so that whatever comes next is looked at afresh.
         """
         if case["kind"] == "rescue":
-            alarm = self.ledger.get(alarms, case["alarm"])
-            if alarm is not None and alarm["state"] in alarm_life.HELD:
-                self.settle(alarm, "settle")
+            for alarm in self.ledger.open_alarms(case["subject"]):
+                rescue = self._rescue_of(alarm) if alarm["state"] in alarm_life.HELD else None
+                if rescue is not None and rescue["id"] == case["id"]:
+                    self.settle(alarm, "settle")
             return
         incident = self._incident(case["incident"])
         if incident["state"] != "confirmed":
@@ -320,7 +342,7 @@ class Clerk:
         evidence = msgspec.json.decode(row["evidence"], type=Evidence)
         return Member(
             alarm=row["id"],
-            rule=self.setting.rulebook.get(row["ruleset"], row["rule"]),
+            rule=self._rule_of(row),
             subject=row["subject"],
             active=bool(row["active"]),
             opened_at=row["opened_at"],
@@ -329,6 +351,9 @@ class Clerk:
             value=evidence.value,
             limit=evidence.limit,
         )
+
+    def _rule_of(self, alarm: Row) -> Rule:
+        return self.setting.rulebook.get(alarm["ruleset"], alarm["rule"])
 
     def _evidence(self, incident: int) -> Sequence[Mapping[str, Any]]:
         return [evidence_line(row, self._member(row)) for row in self.ledger.members(incident)]

@@ -102,6 +102,16 @@ _CANDIDATES = (
 )
 _CASE_OF = select(cases).where(cases.c.incident == bindparam("incident"), cases.c.kind != "rescue")
 _RESCUE_OF = select(cases).where(cases.c.alarm == bindparam("alarm"), cases.c.kind == "rescue")
+_RESCUE_FOR = (
+    select(cases)
+    .where(
+        cases.c.kind == "rescue",
+        cases.c.alarm.in_(select(alarms.c.id).where(alarms.c.subject == bindparam("subject"))),  # by index
+    )
+    .order_by(cases.c.id.desc())
+    .limit(1)
+)
+_OPEN_ALARMS = select(alarms).where(alarms.c.subject == bindparam("subject"), alarms.c.open == 1).order_by(alarms.c.id)
 _LAST_CASE = select(func.coalesce(func.max(cases.c.id), 0).label("id"))
 _MESSAGES = select(
     select(func.coalesce(func.max(outbox.c.n), 0)).scalar_subquery().label("last"),
@@ -207,6 +217,10 @@ class Ledger:
         """Return all alarms of an incident, in their order."""
         return self._all(_MEMBERS, incident=incident)
 
+    def open_alarms(self, subject: str) -> list[Row]:
+        """Return a subject's alarms that are not closed, in their order."""
+        return self._all(_OPEN_ALARMS, subject=subject)
+
     def trial_alarms(self, subject: str) -> list[Row]:
         """Return the alarms that hold and that a device raised while it was on trial: no incident has them."""
         return self._all(_TRIAL_ALARMS, subject=subject)
@@ -242,8 +256,12 @@ class Ledger:
         return self._one(_CASE_OF, incident=incident)
 
     def rescue_of(self, alarm: int) -> Row | None:
-        """Return the alarm's rescue."""
+        """Return the rescue that an alarm made."""
         return self._one(_RESCUE_OF, alarm=alarm)
+
+    def rescue_for(self, subject: str) -> Row | None:
+        """Return the latest rescue at a subject, whichever of its alarms made it."""
+        return self._one(_RESCUE_FOR, subject=subject)
 
     def case_numbered(self, number: str) -> Row | None:
         """Return a case by its number."""

@@ -27,6 +27,7 @@ class Lane(enum.IntEnum):
 
 
 READING_LANES = (Lane.TELEMETRY, Lane.EVENT)
+CLOUD_PREFIX = "cloud-"  # what the id of an operator's virtual gateway begins with; every other gateway is a box
 
 
 class Reading(msgspec.Struct, frozen=True):

@@ -12,7 +12,10 @@ from citybrain.errors import NotFound
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """One measured quantity. `name` ends in its canonical unit; `low` and `high` are in that unit."""
+    """One measured quantity. `name` ends in its canonical unit; `low` and `high` are in that unit.
+
+    meanings: of a metric whose values are codes, what each says, in zh and en, from 0 on.
+    """
 
     name: str
     unit: str
@@ -20,8 +23,29 @@ class Metric(msgspec.Struct, frozen=True):
     high: float
     zh: str
     en: str
+    meanings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def suffix(self) -> str:
+        """The unit as it stands behind a number, with its space; nothing where the number is a share, count or code."""
+        return "" if self.unit in ("1", "0/1", "code") else f" {self.unit}"
+
+    def meaning(self, value: float, language: str) -> str:
+        """Return what a code says in `zh` or `en`, "" where that is not known."""
+        known = value == int(value) and 0 <= value < len(self.meanings)
+        return self.meanings[int(value)][language == "en"] if known else ""
 
 
+_QUALITY = (
+    ("正常", "good"),
+    ("无应答", "no answer"),
+    ("数据乱码", "garbled"),
+    ("拒绝应答", "refused"),
+    ("数据不可信", "implausible"),
+    ("其他设备应答", "another device answers"),
+    ("接口已断开", "unplugged"),
+    ("时钟未校准", "clock not set"),
+)
 _ALL = (
     Metric("pressure_mpa", "MPa", -0.1, 2.5, "水压", "pressure"),
     Metric("flow_lps", "L/s", -5.0, 200.0, "流量", "flow"),
@@ -70,7 +94,7 @@ _ALL = (
     Metric("lane_blocked_s", "s", 0.0, 1e7, "消防通道占用持续", "fire lane blocked for"),
     Metric("crowd", "1", 0.0, 1.0, "人群密度", "crowd density"),
     # What the edge says of a device: how far it can be trusted (edge.driver.Quality), and a limit of its own (0: over).
-    Metric("quality", "code", 0.0, 7.0, "数据质量", "quality"),
+    Metric("quality", "code", 0.0, 7.0, "数据质量", "quality", _QUALITY),
     Metric("local_alarm", "code", 0.0, 999.0, "就地报警", "local alarm"),
     # The first 52 bits of a picture's SHA-256: which evidence a scene event means (citybrain.wire.evidence_number).
     Metric("evidence", "1", 0.0, 2.0**52, "证据编号", "evidence number"),

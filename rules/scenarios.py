@@ -263,7 +263,8 @@ def run_script(rule: Rule, kind: DeviceKind, script: Script, layout: Layout) -> 
     """Return what one rule makes of a script on one device behind one gateway; None where it does not watch it."""
     is_gateway = kind.kind == "gateway"
     name = GATEWAY if is_gateway else DEVICE
-    devices = [Device(GATEWAY, "gateway", GATEWAY, PLACE, ("uptime_s",))]
+    told = ("uptime_s", *(name for name in kind.metrics if is_gateway and name != "uptime_s"))
+    devices = [Device(GATEWAY, "gateway", GATEWAY, PLACE, told)]
     if not is_gateway:
         tags = kind.tags
         devices.append(

@@ -27,11 +27,11 @@ from citybrain.clock import HOUR_MS, MINUTE_MS, SECOND_MS, real_unix_s, wait_s
 from citybrain.counters import Counters
 from citybrain.errors import SignatureError, Unavailable
 from citybrain.layout import Layout, Run
-from citybrain.model import Reading, Registry
+from citybrain.model import CLOUD_PREFIX, Reading, Registry
 from citybrain.storage import OS_FILES
 from citybrain.webhook import sign
 from edge.agent import Source
-from gateway.clouds.config import PREFIX, Keys, make_keys, read_clouds, read_keys
+from gateway.clouds.config import Keys, make_keys, read_clouds, read_keys
 from gateway.clouds.operators import Peer
 from simulators.cloud_book import Book
 from simulators.district import build
@@ -288,7 +288,7 @@ def serve(layout: Layout, run: Run, scenario: Scenario, habits: Habits, stop: th
     configured = read_clouds(layout.clouds / "simulated.yaml").operators[NAME]
     district = build(run.seed, run.size)
     schedule = Schedule(district, district.seed, run.clock.origin_ms or run.clock.now_ms(), scenario)
-    gateways = [gateway.id for gateway in district.registry.gateways if gateway.id.startswith(PREFIX)]
+    gateways = [gateway.id for gateway in district.registry.gateways if gateway.id.startswith(CLOUD_PREFIX)]
     marks = layout.root / "operator"
     sensors = [Sensors(district, name, schedule, marks / f"{name}.mark") for name in gateways]
     book = Book(layout.root / "operator")

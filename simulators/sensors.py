@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from citybrain.clock import MINUTE_MS, SECOND_MS, Clock
-from citybrain.model import Lane, Reading
+from citybrain.model import CLOUD_PREFIX, Lane, Reading
 from citybrain.storage import OS_FILES
 from simulators.cameras import Cameras
 from simulators.causes import Cause
@@ -165,7 +165,7 @@ class Sensors:
 
 def is_cloud(gateway: str) -> bool:
     """Return whether a gateway is an operator's cloud."""
-    return gateway.startswith("cloud-")
+    return gateway.startswith(CLOUD_PREFIX)
 
 
 def dead(cause: Cause) -> bool:

@@ -11,7 +11,7 @@ from sqlalchemy import Engine, Table, select
 
 from api.desk import Desk, DeskConfig
 from citybrain.clock import MINUTE_MS, SECOND_MS
-from citybrain.db.schema import alarms, cases, commands, incidents, metadata, outbox
+from citybrain.db.schema import alarms, cases, commands, incidents, metadata, outbox, timeline
 from citybrain.db.store import open_store
 from citybrain.layout import Active, Layout
 from citybrain.mailbox import Command, Mailbox
@@ -188,6 +188,8 @@ def invariants(city: City) -> None:
     by_incident = [row["incident"] for row in orders if row["kind"] != "rescue"]
     assert len(by_incident) == len(set(by_incident)), "two cases of one incident"
     rescued = [row["alarm"] for row in orders if row["kind"] == "rescue"]
+    joined = [row for row in city.rows(timeline) if (row["entity"], row["event"]) == ("case", "joined")]
+    rescued += [msgspec.json.decode(row["details"])["alarm"] for row in joined]
     life = [row["id"] for row in found if row["urgency"] == "life" and row["incident"] is not None]
     assert sorted(rescued) == sorted(life), "each life-safety alarm has one rescue"
     known = {row["id"]: row for row in city.rows(incidents)}

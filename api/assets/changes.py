@@ -13,7 +13,7 @@ import msgspec
 
 from api.assets.book import ASSET, IN_SERVICE, TO_STATE, Asset, Book, Sensor, Shape, Zone, registry_of
 from api.assets.findings import Finding, Refused, errors, finding
-from api.assets.kinds import metrics_of, with_own
+from api.assets.kinds import as_boxes_tell, metrics_of, with_own
 from citybrain.errors import ConfigError, NotFound, UsageError
 from citybrain.machine import Moved
 from citybrain.model import Area, Cell, Gateway, Place, Road, Unit
@@ -206,7 +206,9 @@ def adopt(book: Book, wish: Adopt, at_ms: int, reason: str) -> Changes:
                 raise UsageError(f"asset {asset.code}: it carries sensor {wish.sensor!r} already")
             what = f"it carries sensor {carried!r}; `devices replace {asset.code} {wish.sensor}` puts another on it"
             raise UsageError(f"asset {asset.code}: {what}")
-        asset = msgspec.structs.replace(asset, gateway=wish.gateway or asset.gateway)
+        gateway = wish.gateway or asset.gateway
+        metrics, events = as_boxes_tell(asset.kind, asset.tags, gateway, (asset.metrics, asset.event_metrics))
+        asset = msgspec.structs.replace(asset, gateway=gateway, metrics=metrics, event_metrics=events)
     moved = ASSET.move(before, TO_STATE[wish.state])
     asset = msgspec.structs.replace(asset, state=wish.state, since=at_ms)
     note = Note(asset.code, moved, {"sensor": wish.sensor})
@@ -216,7 +218,7 @@ def adopt(book: Book, wish: Adopt, at_ms: int, reason: str) -> Changes:
 def _new(wish: Adopt) -> Asset:
     if not wish.kind or wish.place is None:
         raise UsageError(f"asset {wish.asset}: not in the ledger; a new one needs --kind, --lon and --lat")
-    metrics, events = metrics_of(wish.kind, wish.tags)
+    metrics, events = metrics_of(wish.kind, wish.tags, wish.gateway)
     return Asset(
         wish.asset, wish.kind, "planned", wish.place, wish.gateway, metrics, events, wish.zone, wish.building,
         wish.name, wish.tags, wish.maintainer,

@@ -10,6 +10,7 @@ import msgspec
 
 from citybrain.config import load_yaml
 from citybrain.errors import UsageError
+from citybrain.model import CLOUD_PREFIX
 
 FILE = Path(__file__).with_name("kinds.yaml")
 NAMES = {
@@ -22,6 +23,11 @@ NAMES = {
     "泵房": "pump_room",
     "网关": "gateway",
 }
+
+
+EDGE = "edge"  # the entries of what a box of ours adds; as a tag of an asset it says that there is one
+
+Lists = tuple[tuple[str, ...], tuple[str, ...]]  # telemetry, events
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,11 +50,26 @@ def kinds() -> tuple[str, ...]:
     return tuple(dict.fromkeys(profile.kind for profile in profiles()))
 
 
-def metrics_of(kind: str, tags: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return (telemetry, events) of an asset; raises UsageError for a kind nobody knows."""
+def as_boxes_tell(kind: str, tags: Sequence[str], gateway: str, own: Lists) -> Lists:
+    """Return an asset's lists, and behind a box what our drivers add to them; a metric keeps the lane it has.
+
+    Every gateway is a box, but those of operators' clouds. Nobody has to say so in a sheet: what was forgotten there
+    would be dropped as `unknown_metric`. What a box does not tell in the end is an empty series.
+    """
+    if EDGE not in tags and (not gateway or gateway.startswith(CLOUD_PREFIX)):
+        return own
+    known = {*own[0], *own[1]}
+    added = [one for one in profiles() if one.kind == kind and one.tag == EDGE]
+    metrics = [name for one in added for name in one.metrics if name not in known]
+    events = [name for one in added for name in one.events if name not in known]
+    return (*own[0], *metrics), (*own[1], *events)
+
+
+def metrics_of(kind: str, tags: Sequence[str], gateway: str = "") -> Lists:
+    """Return what an asset behind a gateway tells; raises UsageError for a kind nobody knows."""
     for profile in profiles():
-        if profile.kind == kind and (not profile.tag or profile.tag in tags):
-            return profile.metrics, profile.events
+        if profile.kind == kind and profile.tag != EDGE and (not profile.tag or profile.tag in tags):
+            return as_boxes_tell(kind, tags, gateway, (profile.metrics, profile.events))
     raise UsageError(f"kind {kind[:40]!r}: expected one of {', '.join(kinds())}")
 
 

@@ -14,7 +14,7 @@ from api.assets.book import ASSET, IN_SERVICE, STATES, TO_STATE, Asset, Book, Se
 from api.assets.changes import Note, removed
 from api.assets.coordinates import PLAIN, to_cgcs2000
 from api.assets.findings import Finding, errors, finding, warning
-from api.assets.kinds import NAMES, kinds, metrics_of, with_own
+from api.assets.kinds import NAMES, Lists, as_boxes_tell, kinds, metrics_of, with_own
 from api.assets.layers import DECIMALS, place_problem
 from api.assets.sheets import Line, Sheet, plain
 from api.cases.lookup import METRES_PER_DEGREE, Lookup, Places
@@ -258,13 +258,13 @@ def _asset(row: Row, around: Around, old: Asset | None, found: list[Finding], at
     state = _state(line, old, found)
     nominal = _nominal(line, found)
     tags = _list(line.get("tags")) if "tags" in line else old.tags if old else ()
-    metrics, events = _metrics(line, kind, tags, old)
     if old is not None and _metres(old.place, row.place) > MOVED_M:
         found.append(warning(line.at("lon"), "moved", code=row.code, metres=round(_metres(old.place, row.place))))
 
     def said(field: str) -> str:
         return line.get(field) or (str(getattr(old, field)) if old else "")
 
+    metrics, events = _metrics(line, kind, tags, said("gateway"), old)
     place = row.place if row.place.address or old is None else msgspec.structs.replace(
         row.place, address=old.place.address
     )  # fmt: skip
@@ -289,13 +289,12 @@ def _state(line: Line, old: Asset | None, found: list[Finding]) -> str:
     return state
 
 
-def _metrics(line: Line, kind: str, tags: tuple[str, ...], old: Asset | None) -> tuple[tuple[str, ...], ...]:
-    metrics, events = metrics_of(kind, tags)
-    if old is not None and (old.kind, old.tags) == (kind, tags):
-        metrics, events = old.metrics, old.event_metrics
+def _metrics(line: Line, kind: str, tags: tuple[str, ...], gateway: str, old: Asset | None) -> Lists:
     if "metrics" in line or "events" in line:
-        metrics, events = _list(line.get("metrics")), _list(line.get("events"))
-    return metrics, events
+        return _list(line.get("metrics")), _list(line.get("events"))
+    if old is not None and (old.kind, old.tags) == (kind, tags):
+        return as_boxes_tell(kind, tags, gateway, (old.metrics, old.event_metrics))
+    return metrics_of(kind, tags, gateway)
 
 
 def _nominal(line: Line, found: list[Finding]) -> dict[str, float]:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Query
 from sqlalchemy import ColumnElement, Connection, RowMapping, Table, select
 
 from api.routes import answers, rows
 from api.routes.devices import Cursor, Limit
 from api.site import Here, Site
+from citybrain.clock import DAY_MS
 from citybrain.db.schema import alarms, cases, incidents
+from citybrain.errors import NotFound
+from citybrain.model import Evidence
+from streams.evidence import EvidenceStore
 
 router = APIRouter(prefix="/v1", tags=["alarms and incidents"])
 
 State = Annotated[Literal["open", "all"], Query(description="`open`: only what is not finished")]
 Urgency = Annotated[Literal["life", "urgent", "normal", "watch"] | None, Query(description="only of this urgency")]
+EVIDENCE = "evidence"  # the metric
+MOST_VALUES = 10_000  # a scene event is told each 30 s: 2,880 a day
+MOST_PICTURES = 20
 MISSING: dict[int | str, dict[str, Any]] = {404: {"model": answers.Refusal}}
 
 
@@ -34,6 +42,34 @@ def get_alarm(site: Here, id: int) -> answers.Alarm:
     """Return one alarm."""
     with site.database() as db:
         return rows.alarm(site, rows.one(db, alarms, alarms.c.id, id, "alarm"))
+
+
+@router.get("/alarms/{id}/pictures", responses=MISSING)
+def get_pictures(site: Here, id: int) -> answers.Pictures:
+    """Return the pictures that an alarm of a camera rests on, the latest first; `/v1/evidence/{sha256}` shows one.
+
+    A camera names a picture in the reading that tells its event (metric `evidence`); those told with the alarm's metric
+    from a day before it was raised until it ended are its pictures. The latest at or before `raised_at` raised it.
+    """
+    with site.database() as db:
+        row = rows.one(db, alarms, alarms.c.id, id, "alarm")
+    metric = msgspec.json.decode(row["evidence"], type=Evidence).metric
+    until_ms = 1 + (row["cleared_at"] if row["cleared_at"] is not None else site.clock.now_ms())
+    span = (row["raised_at"] - DAY_MS, until_ms, MOST_VALUES)
+    named = site.history.chart(row["subject"], EVIDENCE, *span)
+    told = set(site.history.chart(row["subject"], metric, *span).at) if named.at else set()
+    found = [(at, number) for at, number in zip(named.at, named.value, strict=False) if at in told]
+    return answers.Pictures(items=[_picture(site, at, number) for at, number in reversed(found[-MOST_PICTURES:])])
+
+
+def _picture(site: Site, at_ms: int, number: float) -> answers.Picture:
+    """Return what is known of a picture by the number that an event gave it; it may still be on its way."""
+    named = f"{int(number):013x}"
+    try:
+        about = EvidenceStore(site.layout.evidence).find(named)
+    except NotFound:
+        return answers.Picture(at=at_ms, name=named, complete=False, unmasked=False)
+    return answers.Picture(at=at_ms, name=about.sha256, complete=about.complete, unmasked=about.unmasked)
 
 
 @router.get("/incidents")

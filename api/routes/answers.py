@@ -132,6 +132,21 @@ class Evidence(BaseModel):
     count: int
 
 
+class Picture(BaseModel):
+    """A picture that an alarm rests on."""
+
+    at: int = Field(description="time of the reading that names it")
+    name: str = Field(description="its SHA-256, the first 13 digits of it while nothing of it has arrived")
+    complete: bool = Field(description="all of it is here: `/v1/evidence/{name}` shows it")
+    unmasked: bool = Field(description="persons may be recognised in it: it is shown for a reason only")
+
+
+class Pictures(BaseModel):
+    """The pictures that an alarm rests on, the latest first."""
+
+    items: list[Picture]
+
+
 class Alarm(BaseModel):
     """An alarm: one rule's condition on one device."""
 

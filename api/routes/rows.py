@@ -149,7 +149,7 @@ def explanation(rule: Rule | None, evidence: Evidence) -> answers.Text:
 
 def _numbers(evidence: Evidence) -> answers.Text:
     metric = METRICS.get(evidence.metric)
-    unit = f" {metric.unit}" if metric else ""
+    unit = metric.suffix if metric else ""
     value = "?" if evidence.value is None else f"{evidence.value:g}{unit}"
     limit = "?" if evidence.limit is None else f"{evidence.limit:g}{unit}"
     text = catalogue()["alarm.numbers"]

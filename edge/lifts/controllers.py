@@ -24,6 +24,11 @@ MODES, DIRECTIONS = 8, 3
 DOOR_ZONE, DOOR_CLOSED, OCCUPIED = 1, 2, 4
 # A press of the button lasts a second, the rules look at it for two: its end is told this long after the last press.
 ALARM_HOLD_MS = 60_000
+BUTTON, TRAPPED = 90, 93  # as the platform's rules number them
+UNSERVED = (0, 1, 5, 6, 7)  # modes in which nobody is at the car who knows (rules/library/elevators.yaml)
+# How certain it is that somebody is trapped, with a passenger in a car that stands [U]: the controller itself says so;
+# the button between floors; at a landing; at a landing with open doors, where he can walk out.
+TOLD, PRESSED_OUTSIDE, PRESSED_LEVELLED, PRESSED_OPEN = 1.0, 0.95, 0.9, 0.5
 ALARM_AGAIN_MS = 5_000  # an alarm that is told again and again is a press each time, but no more than that often
 
 
@@ -171,6 +176,7 @@ class Car:
         self._state: RunState | None = None
         self._active: dict[int, int] = {}  # numbers of what holds, with when it was told last
         self._released: set[int] = set()  # alarms that are over, and told as such later
+        self._certainty = 0.0  # that somebody is trapped
         self._none_told = False  # was it said since the start whether anything holds
 
     def state(self, state: RunState, at_ms: int) -> Said:
@@ -250,7 +256,29 @@ class Car:
             "occupied": float(state.occupied),
             "door_closed": float(state.door_closed),
             "service_mode": float(state.mode),
+            "trapped_certainty": self._judged(state),
         }
+
+    def _judged(self, state: RunState) -> float:
+        """Return how certain it is that somebody is trapped: all of it is known here, before any of it travels.
+
+        A press lasts a second, being trapped does not: it ends where the car rides, stands open at a landing, is empty,
+        or somebody serves it.
+        """
+        away = not state.occupied or state.direction != 0 or state.mode not in UNSERVED
+        open_at_landing = state.door_zone and not state.door_closed
+        if away or open_at_landing:
+            self._certainty = 0.0
+        now = PRESSED_LEVELLED if state.door_zone else PRESSED_OUTSIDE
+        if TRAPPED in self._active:
+            now = TOLD
+        elif BUTTON not in self._active:
+            now = 0.0
+        elif open_at_landing:
+            return PRESSED_OPEN
+        if not away:
+            self._certainty = max(self._certainty, now)
+        return self._certainty
 
     def _reading(self, at_ms: int, values: dict[str, float]) -> Reading:
         return Reading(self._device, at_ms, values)

@@ -18,11 +18,11 @@ import msgspec
 
 from citybrain.config import Duration, Lines, convert, parse_yaml
 from citybrain.errors import ConfigError, NotFound
+from citybrain.model import CLOUD_PREFIX
 from citybrain.storage import OS_FILES
 from citybrain.units import metric
 from citybrain.webhook import new_secret, read_secret
 
-PREFIX = "cloud-"  # what the id of a virtual gateway begins with
 LEAST_PULL_MS = 10_000
 LEAST_TOKEN = 16
 Refuse = Callable[[str, str], ConfigError]
@@ -66,7 +66,7 @@ class Operator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     time_unit: Literal["ms", "s", "iso"] = "ms"
     only: dict[str, str | int] = {}
     ignore: tuple[str, ...] = ()
-    gateways: str = PREFIX
+    gateways: str = CLOUD_PREFIX
     alive: Duration = Duration(90_000)  # of missing heartbeats gateway_offline is made, 90 s later [U]
     pull: Pull | None = None
 
@@ -142,8 +142,8 @@ def _check(name: str, operator: Operator, lines: Lines) -> None:
     for field in ("device", "time", "values"):
         if not getattr(operator, field):
             raise refuse(f".{field}", "expected a path such as payload.data")
-    if not operator.gateways.startswith(PREFIX):
-        raise refuse(".gateways", f"{operator.gateways!r}: the ids of virtual gateways begin with {PREFIX!r}")
+    if not operator.gateways.startswith(CLOUD_PREFIX):
+        raise refuse(".gateways", f"{operator.gateways!r}: the ids of virtual gateways begin with {CLOUD_PREFIX!r}")
     if operator.alive <= 0:
         raise refuse(".alive", "expected more than 0s")
     if not operator.fields:

@@ -7,9 +7,8 @@ import msgspec
 from citybrain.counters import Counters
 from citybrain.errors import Damaged, NotFound
 from citybrain.layout import Layout
-from citybrain.model import Gateway, Registry
+from citybrain.model import CLOUD_PREFIX, Gateway, Registry
 from citybrain.wire import crc32c
-from gateway.clouds.config import PREFIX
 
 
 class Devices:
@@ -18,7 +17,9 @@ class Devices:
     def __init__(self, name: str = "", registry: Registry | None = None) -> None:
         self.name = name
         found = () if registry is None else registry.gateways
-        self.gateways: dict[str, Gateway] = {g.id: g for g in sorted(found, key=_by_id) if g.id.startswith(PREFIX)}
+        self.gateways: dict[str, Gateway] = {
+            g.id: g for g in sorted(found, key=_by_id) if g.id.startswith(CLOUD_PREFIX)
+        }
         devices = () if registry is None else registry.devices
         self._gateway_of = {device.wire_id: device.gateway for device in devices}
 

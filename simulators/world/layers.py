@@ -103,9 +103,9 @@ def _areas(district: District, level: str) -> list[Feature]:
 
 
 def _parent(cell: Cell, level: str) -> str:
-    """Return the code of the next larger area that a cell names, the district's for a street."""
-    larger = (getattr(cell, each) for each in reversed(LEVELS[: LEVELS.index(level)]))
-    return next((code for code in larger if code), DIVISION)
+    """Return the code of the area one level up, the district's for a street, "" in a city without that level."""
+    above = LEVELS.index(level) - 1
+    return DIVISION if above < 0 else str(getattr(cell, LEVELS[above]))
 
 
 def _cells(district: District) -> list[Feature]:

@@ -235,7 +235,7 @@ def _said(metric: str, value: float | None, *, english: bool) -> str:
     name = known.en if english else known.zh
     if known.unit == "0/1":
         return f"{name} {_yes(value > 0.5, english=english)}"
-    return f"{name} {value:g}" if known.unit == "code" else f"{name} {value:g} {known.unit}"
+    return f"{name} {value:g}{known.suffix}"
 
 
 def _told(condition: Condition, *, english: bool) -> str:
@@ -246,7 +246,7 @@ def _told(condition: Condition, *, english: bool) -> str:
     if known.unit == "0/1":
         return f"{name} {_yes(condition.above is not None, english=english)}"
     at = condition.above if condition.above is not None else condition.below
-    return f"{name} {'>' if condition.above is not None else '<'} {at:g} {known.unit}"
+    return f"{name} {'>' if condition.above is not None else '<'} {at:g}{known.suffix}"
 
 
 def _yes(holds: bool, *, english: bool) -> str:

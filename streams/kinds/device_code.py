@@ -11,6 +11,7 @@ import numpy as np
 
 from citybrain.config import Duration, duration_text
 from citybrain.model import Evidence
+from citybrain.units import METRICS
 from streams.kinds.holding import I8, MAIN, U16, Batch, Count, Links, Structured, count_problems
 from streams.log import F64
 
@@ -86,7 +87,10 @@ def judge(
 def explain(parameters: Parameters, evidence: Evidence, language: str) -> str:
     """Say why in a sentence, in `zh` or `en`."""
     code = "?" if evidence.value is None else f"{evidence.value:g}"
+    means = METRICS[parameters.metric].meaning(evidence.value, language) if evidence.value is not None else ""
     within = duration_text(parameters.count.within) if parameters.count else ""
     if language == "en":
+        code += f" ({means})" if means else ""
         return f"the device reports code {code}" + (f", {evidence.count} times within {within}" if within else "")
+    code += f"（{means}）" if means else ""
     return f"设备上报代码 {code}" + (f"，{within} 内 {evidence.count} 次" if within else "")

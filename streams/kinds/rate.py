@@ -152,7 +152,7 @@ def explain(parameters: Parameters, evidence: Evidence, language: str) -> str:
     amount, within = parameters.fall or parameters.rise or 0.0, duration_text(parameters.within)
     falls = parameters.fall is not None
     if language == "en":
-        text = f"{known.en} {value} {known.unit} after {'a fall' if falls else 'a rise'} by {amount:g} {known.unit}"
+        text = f"{known.en} {value}{known.suffix} after {'a fall' if falls else 'a rise'} by {amount:g}{known.suffix}"
         return f"{text} or more within {within}" + (f", {evidence.count} times" if evidence.count > 1 else "")
-    text = f"{known.zh} {value} {known.unit}，{within} 内{'下降' if falls else '上升'} {amount:g} {known.unit} 或更多"
+    text = f"{known.zh} {value}{known.suffix}，{within} 内{'下降' if falls else '上升'} {amount:g}{known.suffix} 或更多"
     return text + (f"，{evidence.count} 次" if evidence.count > 1 else "")

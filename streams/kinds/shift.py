@@ -174,14 +174,14 @@ def explain(parameters: Parameters, evidence: Evidence, language: str) -> str:
     known = METRICS[parameters.metric]
     value = "?" if evidence.value is None else f"{evidence.value:g}"
     signed = [f"{sign}{by:g}" for sign, by in (("+", parameters.up), ("-", parameters.down)) if by is not None]
-    by = f"{' / '.join(signed)} {known.unit}"
+    by = f"{' / '.join(signed)}{known.suffix}"
     times = evidence.count > 1
     if language == "en":
         what = "jumped and stayed" if parameters.shape == "level" else "jumped and came back"
-        text = f"{known.en} {value} {known.unit}: it {what}, {by} or more from its recent level"
+        text = f"{known.en} {value}{known.suffix}: it {what}, {by} or more from its recent level"
         return text + (f", {evidence.count} times within {_within(parameters)}" if times else "")
     what = "跳变后未恢复" if parameters.shape == "level" else "瞬时跳变"
-    text = f"{known.zh} {value} {known.unit}，相对近期水平{what}（{by} 以上）"
+    text = f"{known.zh} {value}{known.suffix}，相对近期水平{what}（{by} 以上）"
     return text + (f"，{_within(parameters)} 内 {evidence.count} 次" if times else "")
 
 

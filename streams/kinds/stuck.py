@@ -107,5 +107,5 @@ def explain(parameters: Parameters, evidence: Evidence, language: str) -> str:
     value = "?" if evidence.value is None else f"{evidence.value:g}"
     lasting = duration_text(parameters.lasting)
     if language == "en":
-        return f"{known.en} says {value} {known.unit} without a change over {parameters.reports} reports and {lasting}"
-    return f"{known.zh} 连续 {parameters.reports} 次上报且 {lasting} 以上均为 {value} {known.unit}，无变化"
+        return f"{known.en} says {value}{known.suffix} without a change over {parameters.reports} reports and {lasting}"
+    return f"{known.zh} 连续 {parameters.reports} 次上报且 {lasting} 以上均为 {value}{known.suffix}，无变化"

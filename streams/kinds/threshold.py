@@ -100,9 +100,9 @@ def explain(parameters: Parameters, evidence: Evidence, language: str) -> str:
     at = f"{evidence.limit:g}" if evidence.limit is not None else "?"
     above = parameters.above is not None
     if language == "en":
-        text = f"{known.en} {value} {known.unit}, limit {'above' if above else 'below'} {at} {known.unit}"
+        text = f"{known.en} {value}{known.suffix}, limit {'above' if above else 'below'} {at}{known.suffix}"
         text += f", held {duration_text(parameters.on_delay)}" if parameters.on_delay else ""
         return text + (f", {evidence.count} times" if evidence.count > 1 else "")
-    text = f"{known.zh} {value} {known.unit}，{'上限' if above else '下限'} {at} {known.unit}"
+    text = f"{known.zh} {value}{known.suffix}，{'上限' if above else '下限'} {at}{known.suffix}"
     text += f"，持续 {duration_text(parameters.on_delay)}" if parameters.on_delay else ""
     return text + (f"，{evidence.count} 次" if evidence.count > 1 else "")

@@ -240,6 +240,49 @@ def test_after_a_finished_rescue_the_next_trapping_is_a_new_one(city: City) -> N
     assert city.kinds() == {"rescue": 2}
 
 
+def test_a_car_that_two_rules_notice_is_one_rescue_until_neither_does(city: City) -> None:
+    city.raises("elevator_trapped_inferred", "lift-a1", at=0)
+    city.raises("elevator_trapped", "lift-a1", at=MIN)
+    assert city.kinds() == {"rescue": 1}
+    assert len(city.rows(alarms)) == 2
+    city.clears("elevator_trapped_inferred", "lift-a1", at=2 * MIN)
+    assert city.one(cases)["rescued_at"] is None, "the other rule says that somebody is in there"
+    city.clears("elevator_trapped", "lift-a1", at=5 * MIN)
+    assert city.one(cases)["rescued_at"] == T0 + 5 * MIN
+    city.raises("elevator_trapped", "lift-a1", at=6 * MIN)
+    assert (city.kinds(), city.one(cases)["rescued_at"]) == ({"rescue": 1}, None), "again within the quiet time"
+    city.clears("elevator_trapped", "lift-a1", at=7 * MIN)
+    city.command("v1", "verdict", {"case": city.one(cases)["number"], "verdict": "confirmed"}, at=8 * MIN)
+    assert {row["state"] for row in city.rows(alarms)} == {"closed"}, "both are let go with their rescue"
+    assert [kind for kind, _ in city.told()] == [
+        "rescue.created", "case.recovered", "case.updated", "case.recovered"]  # fmt: skip
+
+
+def test_an_old_rescue_that_nobody_closed_takes_no_new_passenger(city: City) -> None:
+    city.raises("elevator_trapped_inferred", "lift-a1", at=0)
+    city.clears("elevator_trapped_inferred", "lift-a1", at=MIN)
+    city.raises("elevator_trapped", "lift-a1", at=2 * 60 * MIN)
+    assert city.kinds() == {"rescue": 2}
+
+
+def test_what_the_box_and_the_platform_see_of_one_hydrant_is_one_case(city: City) -> None:
+    city.raises("hydrant_local_pressure", HYDRANTS[0], at=0)
+    assert city.kinds() == {"case": 1}, "the box has judged already: nothing is waited for"
+    city.raises("hydrant_pressure_low", HYDRANTS[0], at=2 * MIN)
+    city.raises("hydrant_local_pressure", HYDRANTS[1], HYDRANTS[2], at=3 * MIN)
+    assert city.kinds() == {"case": 1}
+    assert city.one(cases)["category"] == "water_main_burst", "three of a zone, told by their boxes"
+
+
+def test_silence_told_by_the_box_and_noticed_by_the_platform_is_one_order(city: City) -> None:
+    city.raises("hydrant_offline", HYDRANTS[0], at=0)
+    city.raises("hydrant_silent", HYDRANTS[0], at=4 * MIN)
+    city.clears("hydrant_offline", HYDRANTS[0], at=4 * MIN)  # the box's word is a value of the device too
+    city.raises("hydrant_offline", HYDRANTS[0], at=11 * MIN)
+    city.raises("hydrant_wiring", HYDRANTS[0], at=20 * MIN)
+    assert city.kinds() == {"maintenance": 1}
+
+
 # --- maintenance --------------------------------------------------------------------------------------------------
 
 

@@ -24,11 +24,11 @@ from api.assets.changes import Sheet, applied, commission_gateway
 from api.assets.coordinates import cgcs2000_to_gcj02, to_gauss
 from api.assets.findings import Finding, report
 from api.assets.importing import Result, Source, read_import, sources_of
-from api.assets.kinds import metrics_of
+from api.assets.kinds import as_boxes_tell, metrics_of
 from api.assets.sheets import column_number, letters
 from citybrain.errors import NotFound, UsageError
 from citybrain.i18n import catalogue
-from citybrain.model import Gateway, Place, Unit
+from citybrain.model import Device, Gateway, Place, Unit
 from simulators.district import build
 from simulators.export import export
 
@@ -140,6 +140,31 @@ def test_again_it_changes_nothing_and_a_changed_row_changes_that() -> None:
     after = applied(book, result.changes)
     assert [(one.id, one.removed_at) for one in after.sensors["hyd-1"]] == [("imei-1", AT), ("imei-2", None)]
     assert [(note.asset, note.moved.event) for note in result.changes.notes] == [("hyd-1", "replace")]
+
+
+def test_what_a_box_tells_is_taken_without_a_word_in_the_sheet() -> None:
+    """A technician forgets the tag `edge`; what the box says besides would be dropped as `unknown_metric`."""
+    clouds = Source("clouds.csv", "编号,分片,经度,纬度\ncloud-0,0,120.0025,31.002\n".encode("gbk"))
+
+    def read_lift(gateway: str, tags: str, book: Book | None = None) -> Book:
+        sheet = table((*changed(LIFT, 网关=gateway), tags), header=(*HEADER, "标签"))
+        result = assets(sheet, book=book) if book else read(*AROUND, clouds, Source("assets.csv", sheet))
+        assert result.wrong == []
+        return applied(book or Book(), result.changes)
+
+    def told(book: Book) -> tuple[set[str], set[str]]:
+        lift = book.assets["lift-1"]
+        assert len({*lift.metrics, *lift.event_metrics}) == len([*lift.metrics, *lift.event_metrics]), "one lane each"
+        return set(lift.metrics), set(lift.event_metrics)
+
+    metrics, events = told(read_lift("gw-0", "retrofit"))
+    assert {"floor", "quality"} <= metrics
+    assert {"occupied", "trapped_certainty", "local_alarm", "fault_code"} <= events
+    assert told(read_lift("gw-0", "edge;retrofit")) == (metrics, events), "the old tag changes nothing"
+    assert told(read_lift("cloud-0", "edge;retrofit")) == (metrics, events), "and holds where no box is"
+    by_cloud = read_lift("cloud-0", "retrofit")
+    assert told(by_cloud) == ({"floor", "moving", "vibration_rms_g", "temperature_c"}, {"occupied", "door_closed"})
+    assert told(read_lift("gw-0", "retrofit", by_cloud)) == (metrics, events), "a box took the cloud's place"
 
 
 def test_english_headers_a_title_row_and_several_sheets() -> None:
@@ -361,8 +386,16 @@ def test_the_exported_district_comes_back_as_it_was_provisioned(tmp_path: Path, 
     result = read_import(sources_of(paths), Book(), crs="cgcs2000", shards=range(4), at_ms=AT)
     assert result.findings == ()
     made, wanted = registry_of(applied(Book(), result.changes)), district.registry
+    wanted = msgspec.structs.replace(wanted, devices=tuple(map(as_told, wanted.devices)))
     for name in ("gateways", "devices", "cells", "units", "areas", "roads"):
         assert sorted(getattr(made, name), key=_key) == sorted(getattr(wanted, name), key=_key), name
+
+
+def as_told(device: Device) -> Device:
+    """A device of the simulated district, with what a box of ours adds: its own boxes tell only what it is made of."""
+    own = device.metrics, device.event_metrics
+    metrics, events = as_boxes_tell(device.kind, device.tags, device.gateway, own)
+    return msgspec.structs.replace(device, metrics=metrics, event_metrics=events)
 
 
 NAMES = ("assets", "gateways", "organisation")

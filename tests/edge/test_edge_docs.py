@@ -10,14 +10,18 @@ from types import ModuleType
 import pytest
 
 from api.assets.kinds import metrics_of
+from citybrain.model import Evidence
 from citybrain.units import METRICS
 from edge import limits, report
+from edge.driver import Quality
 from edge.drivers import camera, json_lines, modbus, modbus_rtu, modbus_tcp, registers
 from edge.limits import Limit
 from edge.report import Report
 from edge.vision import sources
 from gateway.config import parse_config
+from rules.files import library
 from simulators.lines import wire
+from streams.ruleset import kind_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
@@ -70,10 +74,19 @@ def test_a_map_that_comes_along_is_read_at_once_and_names_its_source(name: str) 
         assert METRICS[one.metric].low <= one.range[0] < one.range[1] <= METRICS[one.metric].high
 
 
+def test_an_operator_reads_what_a_quality_means() -> None:
+    assert len(METRICS["quality"].meanings) == len(Quality)
+    rule = next(rule for rule in library().rules if rule.id == "hydrant_wiring")
+    kind, parameters = kind_of(rule)
+    evidence = Evidence("quality", float(Quality.UNPLUGGED), None, 0)
+    assert kind.explain(parameters, evidence, "zh") == "设备上报代码 6（接口已断开）"
+    assert kind.explain(parameters, evidence, "en") == "the device reports code 6 (unplugged)"
+
+
 @pytest.mark.parametrize("kind", registers.known_maps())
 def test_the_platform_takes_what_a_map_gives(kind: str) -> None:
     """A map is called after the kind of its assets; a series belongs to one lane, the same at both ends."""
-    metrics, events = metrics_of(kind, ["edge"])
+    metrics, events = metrics_of(kind, (), "gw-0007")
     told = registers.load_map(kind).registers
     assert {one.metric for one in told if one.lane == "telemetry"} | {"quality"} <= set(metrics)
     assert {one.metric for one in told if one.lane == "event"} | {"local_alarm"} <= set(events)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from api.assets.kinds import metrics_of
@@ -23,13 +24,13 @@ Told = list[tuple[Lane, Reading]]
 
 def transitions(folder: Path, rule: str, tag: str, told: Told) -> list[tuple[Edge, float]]:
     """Return what a rule makes of what was told: (raise or clear, s since the beginning)."""
-    metrics, events = metrics_of("elevator", ["edge", tag])
+    metrics, events = metrics_of("elevator", [tag], "gw-0007")
     lanes = {Lane.TELEMETRY: set(metrics), Lane.EVENT: set(events)}
     for lane, reading in told:
         assert set(reading.values) <= lanes[lane]  # the platform takes each metric in the lane it came in
     said = [Said(one.observed_at, DEVICE, name, value) for _, one in told for name, value in one.values.items()]
     script = Script(said, [], [], [], [], end=said[-1].at)
-    kind = DeviceKind("elevator", ("edge", tag), tuple(metrics), tuple(events))
+    kind = DeviceKind("elevator", (tag,), tuple(metrics), tuple(events))
     layout = Layout(folder)
     layout.make()
     found = run_script(next(one for one in library().rules if one.id == rule), kind, script, layout)
@@ -65,6 +66,32 @@ def test_a_button_that_is_pressed_for_a_second_in_a_car_that_stands(tmp_path: Pa
     assert at_s == pytest.approx(102, abs=0.5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "raises"),
+    [
+        ({}, True),
+        ({"door_zone": True}, True),
+        ({"door_zone": True, "door_closed": False}, False),
+        ({"occupied": False}, False),
+        ({"mode": 2}, False),
+        ({"mode": 5}, True),
+        ({"direction": 1}, False),
+    ],
+)
+def test_what_a_controllers_driver_is_certain_of_is_raised_at_once(
+    tmp_path: Path, changes: dict[str, int], raises: bool
+) -> None:
+    lift = car(DEVICE, ADAPTERS["regional_93"](), 60_000, 600_000)
+    stuck = RunState(1, 0, door_zone=False, door_closed=True, occupied=True, floor=4)
+    stuck = msgspec.structs.replace(stuck, **changes)
+    told: Told = lift.state(IDLE, 0) + lift.state(stuck, 1000) + lift.occurrence(Occurrence("alarm", 90), 2000)
+    told += [one for second in range(3, 300) for one in lift.state(stuck, second * SECOND_MS)]
+    told += [one for second in range(300, 420) for one in lift.state(IDLE, second * SECOND_MS)]
+    events = [one for one in told if one[0] is Lane.EVENT]  # the telemetry lane is late, and is not waited for
+    found = transitions(tmp_path, "elevator_trapped_certain", "controller", events)
+    assert found == ([(Edge.RAISE, 2.0), (Edge.CLEAR, 300.0)] if raises else [])
+
+
 class Day:
     """A journey, and what a kit told of it."""
 
@@ -84,7 +111,7 @@ class Day:
             self.told += self.car.sample(tick.t_s, round(tick.t_s * 1000), Sample(tick.upward_g, *inputs))
 
 
-@pytest.mark.parametrize("rule", ["elevator_trapped", "elevator_trapped_inferred"])
+@pytest.mark.parametrize("rule", ["elevator_trapped", "elevator_trapped_inferred", "elevator_trapped_certain"])
 def test_a_kit_on_an_ordinary_day_and_on_one_that_ends_between_floors(tmp_path: Path, rule: str) -> None:
     day = Day()
     assert transitions(tmp_path / "calm", rule, "retrofit", day.told) == []
@@ -99,5 +126,5 @@ def test_a_kit_on_an_ordinary_day_and_on_one_that_ends_between_floors(tmp_path: 
     day.go(list(journey.stand(60)))
     found = transitions(tmp_path / "trapped", rule, "retrofit", day.told)
     assert [edge for edge, _ in found] == [Edge.RAISE, Edge.CLEAR]
-    expected_s = {"elevator_trapped": 45 + 2, "elevator_trapped_inferred": 90}[rule]
+    expected_s = {"elevator_trapped": 45 + 2, "elevator_trapped_inferred": 90, "elevator_trapped_certain": 45}[rule]
     assert found[0][1] - stopped_s == pytest.approx(expected_s, abs=5)

@@ -196,7 +196,13 @@ def test_a_trapped_passenger_is_an_event_with_its_evidence(begin: Begin, region:
     site.until(lambda: site.of("lift-1", "floor")[-1:] == [7.0])
     line.say(1, "alarm", code)
     site.until(lambda: 93.0 in site.of("lift-1", "fault_code"))
-    assert {"occupied": 1, "door_closed": 1, "service_mode": 1, "fault_code": 93} in site.events("lift-1")
+    assert {
+        "occupied": 1,
+        "door_closed": 1,
+        "service_mode": 1,
+        "trapped_certainty": 1,
+        "fault_code": 93,
+    } in site.events("lift-1")
     assert set(site.of("lift-2", "fault_code")) == {0.0}
     assert [list(one)[-1] for one in site.events("lift-1") if "fault_code" in one] == ["fault_code"] * 2
 

@@ -42,11 +42,11 @@ OVERRIDE = "{select: {zone: z1}, when: {below: 0.1}, until: '2026-03-01', reason
 
 def test_the_library_is_what_was_agreed() -> None:
     rules = {rule.id: rule for rule in library().rules}
-    assert len(rules) == 40
+    assert len(rules) == 59
     assert {rule.when["kind"] for rule in rules.values()} == set(KINDS)
     assert rules["hydrant_pressure_low"].when["below"] == 0.14
     rescues = {rule.id for rule in rules.values() if rule.case.kind == "rescue"}
-    assert rescues == {"elevator_trapped", "elevator_trapped_inferred"}
+    assert rescues == {"elevator_trapped", "elevator_trapped_certain", "elevator_trapped_inferred"}
     assert {rule.id for rule in rules.values() if rule.urgency == "life"} == rescues
     assert all(rules[name].confirm.policy == "at_once" for name in rescues)
     assert {rule.case.category for rule in rules.values()} | widened(rules.values()) == set(load_categories())
@@ -59,7 +59,7 @@ def widened(rules: Iterable[Rule]) -> set[str]:
 
 def test_every_category_has_a_unit_a_clock_and_a_source() -> None:
     categories = load_categories()
-    assert len(categories) == 28
+    assert len(categories) == 32
     assert categories["water_main_burst"].codes["GB/T 30428.2"] == "05-01"
     assert categories["elevator_trapped"].unit == "lift-rescue"
     assert all(it.clock.amount > 0 and it.source and it.zh and it.en for it in categories.values())
@@ -208,7 +208,7 @@ def citybrain(*args: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_validates_and_activates(tmp_path: Path) -> None:
     done = citybrain("validate", "--json")
-    assert (done.returncode, json.loads(done.stdout)) == (0, {"files": 5, "rules": 40, "errors": [], "warnings": []})
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"files": 6, "rules": 59, "errors": [], "warnings": []})
     file = tmp_path / "mine.yaml"
     file.write_text(GOOD.replace("below", "belwo"), encoding="utf-8")
     done = citybrain("validate", str(file))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from citybrain import wire
 from citybrain.clock import DAY_MS, RunClock
 from citybrain.counters import Counters
+from citybrain.db.schema import alarms, incidents
 from citybrain.errors import DiskFull, NotFound, StorageError, WireError
 from citybrain.layout import Layout
-from citybrain.model import Device, Gateway, Lane, Place, Reading, Registry
+from citybrain.model import Device, Evidence, Gateway, Lane, Place, Reading, Registry
 from citybrain.segments import Reader
 from citybrain.storage import OS_FILES, Files
 from citybrain.wire import CHUNK_BYTES, MAX_BLOB, Chunk, Header, Message, blob_chunks, blob_sha256, open_chunk
@@ -28,7 +30,7 @@ from streams.history import frames
 from streams.history.retention import Retention
 from streams.ingest import Ingest
 from streams.log import Control, Kind, decode_control, frame_head
-from streams.registry import encode_registry
+from streams.registry import Index, encode_registry
 from streams.runtimes.history import HistoryProcess
 from tests.faulty_files import LossyFiles
 from tests.seeded_site import Seeded, process, seeded
@@ -511,6 +513,39 @@ def test_what_is_expired_is_gone_and_said_to_be(site: Seeded, api: httpx.Client)
     gone = api.get(f"/v1/evidence/{sha256}", headers={"X-Actor": "wang"})
     assert (gone.status_code, gone.json()["error"]) == (410, "expired")
     assert api.get(f"/v1/evidence/{sha256}/about").json()["expired_at"] == NOW
+
+
+def test_an_alarm_leads_to_the_pictures_that_were_told_with_its_metric(tmp_path: Path) -> None:
+    made = Seeded(tmp_path)
+    camera = Device("cam-1", "camera", "gw-01", made.index.device("gw-01").place, ("signal",), SCENE)
+    registry = msgspec.structs.replace(made.district.registry, devices=(*made.district.registry.devices, camera))
+    made.district = msgspec.structs.replace(made.district, registry=registry)
+    made.index = Index(registry, "")
+    made.prepare()
+    here, coming = stored(made, picture(5_000, 21)), blob_sha256(b"still on its way")
+    raised = made.now_ms - 60_000
+    said = [("garbage_s", raised - 2_000, 61.0), ("stall_s", raised - 1_000, 61.0), ("garbage_s", raised, 601.0)]
+    pictures = [(here, raised - 2_000), (blob_sha256(b"of the stall"), raised - 1_000), (coming, raised)]
+    values = [("cam-1", "evidence", at, wire.evidence_number(sha256)) for sha256, at in pictures]
+    made.frame(values + [("cam-1", metric, at, value) for metric, at, value in said])
+    made.rows(incidents, made.incident(1, "garbage", "device", "cam-1"))
+    evidence = msgspec.json.encode(Evidence("garbage_s", 601.0, 600.0, raised)).decode()
+    made.rows(
+        alarms,
+        made.alarm(1, "camera_garbage", "cam-1", incident=1, why="first", raised_at=raised, evidence=evidence),
+        made.alarm(2, "hydrant_pressure_low", "hyd-000001", incident=1, why="first"),
+    )
+    made.beat()
+    with process(made.layout, "api", ready=made.url + "/healthz"):
+        found = httpx.get(f"{made.url}/v1/alarms/1/pictures", trust_env=False, timeout=20).json()["items"]
+        assert [(one["name"], one["complete"], one["at"]) for one in found] == [
+            (coming[:13], False, raised), (here, True, raised - 2_000)]  # fmt: skip
+        none = httpx.get(f"{made.url}/v1/alarms/2/pictures", trust_env=False, timeout=20)
+        assert (none.status_code, none.json()) == (200, {"items": []})
+        assert httpx.get(f"{made.url}/v1/alarms/3/pictures", trust_env=False, timeout=20).status_code == 404
+
+
+SCENE = ("garbage_s", "stall_s", "evidence")
 
 
 def test_half_a_line_in_the_view_log_hides_no_other(tmp_path: Path) -> None:
