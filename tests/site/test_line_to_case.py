@@ -160,4 +160,4 @@ def test_a_box_that_is_killed_in_the_middle_doubles_nothing(night: Night) -> Non
     assert len(created) == 4
     dropped = city.get("/v1/status")["dropped"]
     assert set(dropped) <= {"stale_status"}, "every value is used; the will of who was killed may come late"
-    assert not [one for one in city.get("/v1/gateways") if one["id"] == GATEWAY and not one["online"]]
+    assert not [one for one in city.get("/v1/gateways")["items"] if one["id"] == GATEWAY and not one["online"]]
