@@ -1,4 +1,4 @@
-"""`citybrain gateway run|doctor|status`: the box in the cabinet, and what a technician asks it.
+"""`citybrain gateway run|doctor|status|points`: the box in the cabinet, and what a technician asks it.
 
 Exit codes of `doctor`: 0 all is well, 1 something is wrong, 3 gateway.yaml is. Of `status`: 0 online, 1 not online,
 4 the process does not run.
@@ -20,6 +20,7 @@ ACTIONS = {
     "run": ("serve: drivers, spool, uplink, orders", "gateway.command"),
     "doctor": ("check everything that could keep this box from working", "gateway.doctor"),
     "status": ("say how the box is", "gateway.status"),
+    "points": ("say what each point told last, and when", "gateway.points"),
     "enrol": ("get certificate and configuration for a one-time code", "gateway.enrolment.enrol"),
     "commission": ("has the platform seen every point? say so, signed", "gateway.enrolment.commission"),
     "renew": ("get the next certificate where that is due", "gateway.enrolment.renew"),

@@ -19,9 +19,9 @@ import msgspec
 
 from citybrain.cli import emit, language
 from citybrain.clock import iso, real_unix_ms
-from citybrain.counters import read_heartbeats
 from citybrain.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError
 from citybrain.i18n import text
+from gateway.journal import last_heartbeat
 
 TIMESYNC = Path("/run/systemd/timesync/synchronized")
 SECRET_MODE = 0o077  # what nobody else may do with the key
@@ -179,7 +179,7 @@ def _broker(folder: Path, config: Any, now_ms: int) -> Look:
 
 
 def _process(folder: Path, now_ms: int) -> Look:
-    beat = next((one for one in read_heartbeats(folder / "run") if one.process == "gateway"), None)
+    beat = last_heartbeat(folder / "run")
     if beat is None or not beat.live(now_ms):
         yield mind("process")
         return

@@ -286,7 +286,10 @@ def cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 def test_status_says_how_it_is_in_both_languages(
     folder: Path, platform: Answering, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli(capsys, "status", "--data", str(folder)) == (4, "the gateway process does not run\n")
+    assert cli(capsys, "status", "--data", str(folder)) == (
+        4,
+        f"the gateway process does not run (data folder {folder})\n",
+    )
     box = Process(folder)
     try:
         box.wait_online()
