@@ -46,6 +46,7 @@ class Answering:
         self.statuses: list[tuple[str, Status]] = []
         self.received: list[tuple[str, Lane, int]] = []
         self.readings: list[Reading] = []  # of what was taken, in its order
+        self.by_gateway: dict[str, list[Reading]] = {}
         self.ingest: dict[tuple[str, Lane], model.Ingest] = {}
         self.answer = answer
         self._subscribed = threading.Event()
@@ -72,7 +73,9 @@ class Answering:
         sent = model.Sent(head.epoch, head.seq, head.floor, str(message.checksum))
         ingest, answer = model.take(self.ingest.get((gateway, lane), model.Ingest()), sent)
         if len(ingest.log) > len(self.ingest.get((gateway, lane), model.Ingest()).log) and lane is not Lane.BLOB:
-            self.readings += readings_of(message)
+            taken = readings_of(message)
+            self.readings += taken
+            self.by_gateway.setdefault(gateway, []).extend(taken)
         self.ingest[gateway, lane] = ingest
         if answer is not None:
             ack = encode_json(Ack(channel, answer.epoch, answer.seq))
