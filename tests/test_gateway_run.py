@@ -124,6 +124,15 @@ def test_two_processes_never_share_a_folder(folder: Path, platform: Answering) -
         first.stop()
 
 
+def lines_of(*places: str, device: str = "") -> str:
+    """Return a configuration with drivers `m`, `n` for lines that come from these places."""
+    names = [
+        f"  {name}: {{driver: json_lines, {place}, devices: {{a: '{device or name}'}}}}"
+        for name, place in zip("mn", places, strict=False)
+    ]
+    return config_text(1883, "\n".join(["drivers:", *names, ""]))
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -154,6 +163,33 @@ def test_two_processes_never_share_a_folder(folder: Path, platform: Answering) -
             ),
             "gateway.yaml:8 drivers.m.limits",
         ),
+        (lines_of("listen: 7000", "listen: 7000"), "yaml:9 drivers.n.listen: 7000 belongs to driver 'm' already"),
+        (
+            lines_of("port: /dev/ttyUSB7", "port: /dev/../dev/ttyUSB7"),
+            "yaml:9 drivers.n.port: /dev/ttyUSB7 belongs to driver 'm' already",
+        ),
+        (lines_of("port: ttyUSB0"), "yaml:8 drivers.m.port: 'ttyUSB0': want its path, such as /dev/serial/by-id/"),
+        (lines_of("listen: 7000", device=GATEWAY), "device 'gw-0007' belongs to the gateway itself already"),
+        (lines_of("listen: 7000", device=" "), "drivers.m: device ' ': want a name of 1 to 128 visible characters"),
+        (lines_of("listen: 7000, baud: -1"), "drivers.m: baud: expected 300 to 4000000, got -1"),
+        (lines_of("listen: 7000, silence: 0s"), "drivers.m: silence: expected 100ms to 1d"),
+        (lines_of("connect: 'host:99999'"), "drivers.m: connect: expected host:port, got 'host:99999'"),
+        (lines_of("listen: 1, metrics: {p: {metric: flow_lps, scale: .nan}}"), "drivers.m.metrics.p: scale, offset"),
+        (lines_of("lisen: 7000"), "yaml:8 drivers.m.lisen: unknown field 'lisen'; did you mean 'listen'?"),
+        (config_text(1883, "drivers:\n"), "yaml:7 drivers: Expected `object`, got `null`: nothing is written there"),
+        (
+            config_text(1883, "drivers:\n\tm: {}\n"),
+            "yaml:8: not YAML: found character '\\t' that cannot start any token; ",
+        ),
+        (
+            config_text(1883, "drivers: {1: {driver: camera}}\n"),
+            "drivers: Expected `str`, got `int` as a key: put it in",
+        ),
+        (config_text(1883).replace("200ms", "200ms, age: 1s"), "yaml:6 spool.age: expected 1h or more"),
+        (config_text(1883, host="' '"), "yaml:4 broker.host: expected the broker's name or address, got nothing"),
+        (config_text(1883) + "# \0\n", "yaml:8: not YAML: the character U+0000 may not stand in it"),
+        ("a: &a [*a]\n" + config_text(1883), "yaml:1 a: unknown field 'a'"),
+        ("a: " + 3000 * "[", "yaml:1: nested too deeply"),
     ],
 )
 def test_a_wrong_configuration_ends_with_code_3_and_says_where(tmp_path: Path, text: str | None, says: str) -> None:
@@ -166,6 +202,25 @@ def test_a_wrong_configuration_ends_with_code_3_and_says_where(tmp_path: Path, t
     assert wrong.value.exit_code == 3
     assert says in str(wrong.value)
     assert main(["gateway", "doctor", "--data", str(folder)]) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (config_text(1883).encode("utf-16"), "gateway.yaml:1: not UTF-8 (byte FF): save it as UTF-8"),
+        (config_text(1883, "# 阀门\n").encode("gbk"), "gateway.yaml:7: not UTF-8 (byte B7): save it as UTF-8"),
+    ],
+)
+def test_a_file_of_another_encoding_is_refused_with_its_line(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "gateway.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        read_config(tmp_path / "gateway.yaml")
+
+
+def test_what_an_editor_elsewhere_adds_does_no_harm(tmp_path: Path) -> None:
+    text = config_text(1883, lines_of("listen: 7000").partition("drivers:")[2].join(["drivers:", ""]))
+    (tmp_path / "gateway.yaml").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert read_config(tmp_path / "gateway.yaml").drivers[0].name == "m"
 
 
 def test_the_process_itself_ends_with_code_3(tmp_path: Path) -> None:

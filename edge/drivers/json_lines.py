@@ -16,6 +16,7 @@ import select
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from math import isfinite
 from typing import Literal, Protocol
 
 import msgspec
@@ -48,6 +49,8 @@ class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.metric not in METRICS:
             raise ValueError(f"unknown metric {self.metric!r}")
         own = METRICS[self.metric].unit
+        if not (isfinite(self.scale) and isfinite(self.offset)) or self.scale == 0:
+            raise ValueError(f"scale, offset: expected numbers, scale not 0, got {self.scale:g} and {self.offset:g}")
         if self.unit not in ("", own) and CONVERSIONS.get(self.unit, ("",))[0] != own:
             raise ValueError(f"unit: {self.metric} is in {own}, got {self.unit!r}")
 
@@ -81,8 +84,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("expected one of `listen`, `connect` and `port`")
         if self.listen is not None and not 1 <= self.listen <= 65535:
             raise ValueError(f"listen: expected 1 to 65535, got {self.listen}")
-        if self.connect and not (self.connect.rpartition(":")[0] and self.connect.rpartition(":")[2].isdecimal()):
+        host, _, port = self.connect.rpartition(":")
+        if self.connect and not (host and port.isdecimal() and 1 <= int(port) <= 65535):
             raise ValueError(f"connect: expected host:port, got {self.connect!r}")
+        if not 300 <= self.baud <= 4_000_000:
+            raise ValueError(f"baud: expected 300 to 4000000, got {self.baud}")
+        if not 100 <= self.silence <= 86_400_000:
+            raise ValueError("silence: expected 100ms to 1d")
         if not self.devices_ or len(set(self.devices_.values())) < len(self.devices_):
             raise ValueError("devices: expected at least one, each of ours once")
 
