@@ -51,7 +51,8 @@ class JournalCounters(Counters):
         self.level = level
 
     def warn(self, text: str) -> None:
-        """Keep a warning, and write it."""
+        """Keep a warning, and write it, on one line: it may quote what came from outside."""
+        text = _printable(text)
         if self.warnings[-1:] != [text]:
             self.say(text, "warning")
             self._warned_ms.append(real_unix_ms())
@@ -90,6 +91,7 @@ class JournalCounters(Counters):
         """Write a line where `level` is high enough."""
         if LEVELS[level] > LEVELS[self.level]:
             return
+        text = _printable(text)
         before = f"<{LEVELS[level]}>" if self._journald else f"{iso(real_unix_ms())} {level:<7} "
         sys.stderr.write(f"{before}{text}\n")
         sys.stderr.flush()
@@ -105,6 +107,15 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.WARNING:
             self._journal.say(record.getMessage(), "info" if record.levelno >= logging.INFO else "debug")
+
+
+def _printable(text: str) -> str:
+    r"""Return a text of which no terminal makes more than one line.
+
+    >>> _printable("a\n\x1b[2Jb°")
+    'a\\x0a\\x1b[2Jb°'
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def live_folder(run: Path) -> Path:

@@ -12,6 +12,7 @@ from citybrain.clock import iso, real_unix_ms
 from citybrain.counters import Heartbeat
 from citybrain.errors import EXIT_FAILED, EXIT_UNAVAILABLE
 from citybrain.i18n import text
+from edge.driver import Quality
 from gateway.journal import last_heartbeat
 from gateway.points import Seen, read_points, span
 
@@ -85,9 +86,28 @@ def lines(status: dict[str, Any], language: str) -> list[str]:
 
 def _wrong(what: str, why: str, silent_ms: dict[str, int], language: str) -> str:
     """Return what is wrong, and of a device since when it says nothing: its last words tell how long it has been so."""
-    said = text("gateway.wrong", language, what=what, why=why)
     last = silent_ms.get(what.removeprefix("device "))
-    return said if last is None else said + text("gateway.last", language, ago=span(last))
+    return (
+        "✗ "
+        + worded(what, why, language)
+        + (text("gateway.last", language, ago=span(last)) if last is not None else "")
+    )
+
+
+def worded(what: str, why: str, language: str) -> str:
+    """Return a trouble of `Lines.wrong` for people: which driver or device, how far it can be trusted, the reason.
+
+    >>> worded("device hyd-1", "no_answer: unit 1: nothing within 200 ms", "zh")
+    '设备 hyd-1：无应答：unit 1: nothing within 200 ms'
+    """
+    kind, _, name = what.partition(" ")
+    quality, _, reason = why.partition(": ")
+    if quality.upper() not in Quality.__members__:
+        return text(f"gateway.{kind}", language, name=name, why=why)
+    known = text(f"quality.{quality.upper()}", language)
+    return text(
+        f"gateway.{kind}", language, name=name, why=text("gateway.because", language, what=known, why=reason or "-")
+    )
 
 
 def _size(amount: int) -> str:

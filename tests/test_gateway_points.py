@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import edge.latest
+import gateway.journal
 import gateway.points
 import gateway.status
 from citybrain.cli import main
@@ -86,8 +87,8 @@ def test_each_point_is_a_line_and_a_silent_device_says_since_when(
     eventually(lambda: of(points(box, capsys)[1], "hyd-000124", "pressure_mpa")[4] > aged[4], 5, "it grows older")
     main(["gateway", "status", "--data", str(box.folder)])
     said = capsys.readouterr().out
-    assert "✗ device hyd-000124: no_answer: unit 2: nothing within 50 ms (last value" in said
-    assert "✗ device hyd-000125: no_answer: unit 3: nothing within 50 ms\n" in said, "it never had a value"
+    assert "✗ device hyd-000124: no answer: unit 2: nothing within 50 ms (last value" in said
+    assert "✗ device hyd-000125: no answer: unit 3: nothing within 50 ms\n" in said, "it never had a value"
 
 
 def test_one_device_json_and_one_that_is_not_there(box: Process, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +136,17 @@ def test_counters_go_on_after_the_memory_was_lost(tmp_path: Path, live: Path, mo
     assert JournalCounters("gateway", run).resume() is None, "a damaged one counts nothing and ends nothing"
 
 
-@pytest.mark.parametrize("module", [edge.latest, gateway.points, gateway.status], ids=lambda one: str(one.__name__))
+def test_what_came_from_outside_makes_no_second_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = JournalCounters("gateway", tmp_path)
+    journal.warn("kit: no_json_line: \x1b[2J\x0b\x85阀\n<3>forged")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(r"warning kit: no_json_line: \x1b[2J\x0b\x85阀\x0a<3>forged")
+    assert len(journal.warnings) == 1
+
+
+@pytest.mark.parametrize(
+    "module", [edge.latest, gateway.journal, gateway.points, gateway.status], ids=lambda one: str(one.__name__)
+)
 def test_examples(module: object) -> None:
     results = doctest.testmod(module)  # type: ignore[arg-type]
     assert results.attempted > 0

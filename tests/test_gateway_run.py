@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import gateway.doctor
+import gateway.ports
 from citybrain.cli import main
 from citybrain.counters import Counters
 from citybrain.errors import ConfigError
@@ -25,7 +26,7 @@ from citybrain.storage import OS_FILES
 from gateway.config import read_config
 from gateway.times import BoxClock
 from tests.certificates import Authority
-from tests.conftest import eventually, unused_port
+from tests.conftest import end, eventually, unused_port
 from tests.gateway_box import GATEWAY, Process, config_text
 from tests.test_gateway_service import Answering
 
@@ -391,8 +392,9 @@ def test_doctor_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_every_finding_of_the_doctor_has_its_words() -> None:
-    source = Path(gateway.doctor.__file__).read_text(encoding="utf-8")
+    source = "".join(Path(str(one.__file__)).read_text(encoding="utf-8") for one in (gateway.doctor, gateway.ports))
     codes = set(re.findall(r'(?:good|mind|wrong|level|\))\("([a-z_]+)"', source))
+    codes |= set(re.findall(r'return "(?:good|mind|wrong)", "([a-z_]+)"', source)) | {"driver", "device"}
     assert codes == {key.removeprefix("doctor.") for key in catalogue() if key.startswith("doctor.")}
 
 
@@ -410,3 +412,63 @@ def test_the_unit_is_what_systemd_understands(tmp_path: Path) -> None:
     assert complaints == []
     assert "Type=notify" in text
     assert "ExecStart=/opt/citybrain/venv/bin/citybrain gateway run" in text
+
+
+# --- the doctor and the ports -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An adapter as `ttyUSB1`, and udev's names for it, in a folder of their own."""
+    for kind in ("by-id", "by-path"):
+        (tmp_path / "serial" / kind).mkdir(parents=True)
+    (tmp_path / "ttyUSB1").touch()
+    named = tmp_path / "serial" / "by-id" / "usb-FTDI_A50285BI-if00-port0"
+    named.symlink_to(tmp_path / "ttyUSB1")
+    monkeypatch.setattr(gateway.ports, "SERIAL", tmp_path / "serial")
+    return named
+
+
+def test_a_name_that_changes_is_told_the_one_that_stays(tmp_path: Path, by_id: Path) -> None:
+    assert gateway.ports.look_at(tmp_path / "ttyUSB1", 0) == ("mind", "port_name", {"lasting": str(by_id)})
+    assert gateway.ports.look_at(by_id, 0) == ("good", "port", {})
+    assert gateway.ports.look_at(tmp_path / "ttyUSB0", 0) == ("wrong", "port_missing", {"there": str(by_id)})
+
+
+def test_who_else_has_a_port_is_found(tmp_path: Path) -> None:
+    port = tmp_path / "ttyS7"
+    port.touch()
+    with port.open() as held, subprocess.Popen(["sleep", "60"], stdin=held) as other:
+        try:
+            found = gateway.ports.look_at(port, os.getpid() + 1)
+            assert found[:2] == ("wrong", "port_held")
+            assert {found[2]["program"]} <= {"sleep", "pytest", "python", "python3"}
+            assert gateway.ports.look_at(port, os.getpid()) == ("good", "port", {}), "the gateway itself, its processes"
+        finally:
+            end(other)
+    assert gateway.ports.look_at(port, 0) == ("good", "port", {})
+
+
+def test_the_systems_console_is_no_port_for_sensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "consoles").write_text("ttyAMA0              -W- (EC p a)  204:64\ntty0  -WU (E  p  )    4:7\n")
+    monkeypatch.setattr(gateway.ports, "CONSOLES", tmp_path / "consoles")
+    (tmp_path / "ttyAMA0").touch()
+    (tmp_path / "serial0").symlink_to(tmp_path / "ttyAMA0")
+    assert gateway.ports.look_at(tmp_path / "serial0", 0) == ("wrong", "port_console", {})
+
+
+def test_a_folder_of_another_user_is_not_worked_in_as_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can be more than its user")
+    folder = tmp_path / "box"
+    folder.mkdir()
+    os.chown(folder, 65534, 65534)
+    for action in ("run", "renew", "commission"):
+        assert main(["gateway", action, "--data", str(folder)]) == 2
+        assert (
+            f"{folder} is nobody's, who could not read what root writes there; use: sudo -u nobody"
+            in capsys.readouterr().err
+        )
+    assert list(folder.iterdir()) == []
+    main(["gateway", "doctor", "--json", "--data", str(folder)])
+    assert '"as_root"' in capsys.readouterr().out

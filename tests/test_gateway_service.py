@@ -285,6 +285,28 @@ def test_a_password_opens_the_door_and_a_wrong_one_says_so(tmp_path: Path, guard
     right.close()
 
 
+def test_two_boxes_of_one_name_are_told_so_once(tmp_path: Path, mosquitto: int) -> None:
+    """A copied card: the broker lets in whoever came last, and ends the other's connection, again and again."""
+    one, two = opened(tmp_path / "one", mosquitto), opened(tmp_path / "two", mosquitto)
+    said = "the broker ends each connection soon: does another box, or a copy of this card, use 'gw-1'?"
+
+    def told(service: GatewayService) -> list[str]:
+        return [warning for warning in service.uplink.counters.warnings if said in warning]
+
+    def both() -> bool:
+        for service in (one, two):
+            service.poll(0.01)
+        return bool(told(one) and told(two))
+
+    eventually(both, 20, "both being told")
+    connections = one.uplink.counters.values["connections_total"]
+    eventually(lambda: both() and one.uplink.counters.values["connections_total"] > connections, 20, "another round")
+    for service in (one, two):
+        assert len(told(service)) == 1
+        assert len(service.uplink.counters.warnings) == 2, "that, and the loss before: each reason once"
+        service.close()
+
+
 class Silent:
     """A broker that accepts connections and subscriptions and never confirms a message."""
 

@@ -34,6 +34,9 @@ MOST_LINE_BYTES = 4096
 LOOK_S = 0.2
 CONNECT_S = 3.0
 FIRST_REOPEN_S, MOST_REOPEN_S = 0.5, 5.0
+GARBLED_TRIES = 3  # so many lines that are none, and no good one between: long before every device counts as silent
+NOISE_BYTES = 16  # so many that stand in no JSON, or that come while a device is silent, and it is not understood
+NOISE = bytes({*range(0x20), 0x7F, 0xC0, 0xC1, *range(0xF5, 0x100)} - set(b"\t\r\n"))  # controls, and no UTF-8
 
 
 class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -180,6 +183,9 @@ class Driver:
         self._name = name
         self._config = config
         self._last_s: dict[str, float] = {}  # when each device was heard last
+        self._tries = self._rubbish = self._noise = (
+            0  # lines that are none, bytes, and of these noise: since a good one
+        )
         self._listener: socket.socket | None = None
 
     def run(self, host: Host) -> None:
@@ -243,10 +249,14 @@ class Driver:
                 if not data:
                     return False
                 lines, long = splitter.feed(data)
+                self._rubbish += len(data)
+                self._noise += len(data) - len(data.translate(None, NOISE))
                 for line in lines:
                     self._take(host, line)
                 if long:
+                    self._tries += long
                     host.drop("line_too_long", long)
+                self._judge_rubbish(host)
             return True
         finally:
             if part := splitter.end():
@@ -259,7 +269,19 @@ class Driver:
     def _judge_silence(self, host: Host) -> None:
         for device, last_s in self._last_s.items():
             if host.mono_s() - last_s > self._config.silence / 1000:
-                host.quality(device, Quality.NO_ANSWER, f"nothing for {self._config.silence // 1000} s")
+                silent = f"nothing for {self._config.silence / 1000:g} s"
+                if self._rubbish >= NOISE_BYTES:
+                    host.quality(device, Quality.GARBLED, self._no_lines())
+                else:
+                    host.quality(device, Quality.NO_ANSWER, silent)
+
+    def _judge_rubbish(self, host: Host) -> None:
+        if self._tries >= GARBLED_TRIES or self._noise >= NOISE_BYTES:
+            for device in self._config.devices():
+                host.quality(device, Quality.GARBLED, self._no_lines())
+
+    def _no_lines(self) -> str:
+        return "no JSON lines" + (f"; is {self._config.baud} baud right?" if self._config.port else "")
 
     def _take(self, host: Host, line: bytes) -> None:
         """Hand over one line's reading; count what is none."""
@@ -269,7 +291,9 @@ class Driver:
         try:
             told = msgspec.json.decode(text, type=Line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            self._tries += 1
             return host.drop("no_json_line", 1, f"{error}: {_shown(text)}")
+        self._tries = self._rubbish = self._noise = 0
         device = self._config.devices_.get(told.d)
         if device is None:
             return host.drop("unknown_device", 1, _shown(text))
@@ -300,7 +324,7 @@ class Driver:
 
 
 def _shown(line: bytes) -> str:
-    return line[:80].decode("utf-8", "backslashreplace")
+    return line[:40].decode("utf-8", "backslashreplace")
 
 
 @contextmanager
