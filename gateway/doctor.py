@@ -174,14 +174,30 @@ def _broker(folder: Path, config: Any, now_ms: int) -> Look:
     except OSError as error:
         yield wrong("broker", host=host, port=port, address=address, why=error.strerror or error)
         return
-    if config.broker.tls is not None:
-        from gateway.broker.tls import refusal  # noqa: PLC0415
-
-        refused = refusal(host, port, config.broker.tls.under(folder), now_ms)
-        if refused:
-            yield wrong("broker", host=host, port=port, address=address, why=refused)
-            return
+    refused = _refused(folder, config, now_ms)
+    if refused is None:
+        return
+    if refused:
+        yield wrong("broker", host=host, port=port, address=address, why=refused)
+        return
     yield good("broker_well", host=host, port=port, address=address)
+
+
+def _refused(folder: Path, config: Any, now_ms: int) -> str | None:
+    """Return why the broker does not take us, "" where it does, None where our own files are at fault, said before."""
+    from gateway.broker.greet import greet  # noqa: PLC0415
+    from gateway.broker.tls import failure, own_dates  # noqa: PLC0415
+
+    host, port, part = config.broker.host, config.broker.port, config.broker.tls
+    tls = part.under(folder) if part is not None else None
+    try:
+        dates = own_dates(tls, now_ms) if tls is not None else ""
+        found = greet(host, port, tls, f"{config.gateway}-doctor")
+    except ConfigError:
+        return None
+    except OSError as error:
+        found = failure(error, host, now_ms)
+    return "; ".join(one for one in (found, dates) if one)
 
 
 def _process(folder: Path, now_ms: int) -> Look:

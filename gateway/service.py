@@ -264,7 +264,10 @@ class GatewayService:
     def _broken(self, why: str) -> str:
         """Return why a connection broke; where it does so again and again, what a broker does that knows two of us."""
         if not self.ready:
-            return why
+            where = f"{self._broker.host}:{self._broker.port}"
+            return (
+                why if self._broker.tls else f"{where} hung up on our greeting: is it a TLS port, and `tls` left out?"
+            )
         self._short = self._short + 1 if monotonic_s() - self._ready_s < SHORT_S else 0
         if self._short < SHORT_TIMES:
             return why
