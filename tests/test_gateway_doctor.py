@@ -6,6 +6,8 @@ import doctest
 import json
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,6 +160,12 @@ def test_the_doctor_leaves_the_gateways_connection_alone(tmp_path: Path, capsys:
             assert f"no connection: {GATEWAY}" not in box.said()
         finally:
             end(box.process)
+
+
+def test_whoever_reads_only_the_first_line_gets_no_traceback(tmp_path: Path) -> None:
+    command = f"{sys.executable} -P -m citybrain gateway doctor --data {tmp_path} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
 
 
 def test_examples() -> None:

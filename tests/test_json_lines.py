@@ -170,6 +170,16 @@ def test_a_wrong_speed_is_said_soon_and_shown_on_one_line(sites: list[Site], tmp
         wire.unplug()
 
 
+def test_a_port_that_somebody_listens_on_is_named(sites: list[Site], free_port: int) -> None:
+    with socket.create_server(("127.0.0.1", free_port)):
+        sites.append(site := Site(f"listen: {free_port}\n{COMMON}"))
+        said = f"unplugged: port {free_port} is used by another program"
+        site.until(lambda: site.hosts.reasons().get("hyd-1") == said, "the port's other user said")
+    with connected(free_port) as client:
+        client.sendall(b'{"d":"probe","m":{"p":310}}\n')
+        site.until(lambda: site.readings, "it is taken once it is free")
+
+
 def test_connecting_out_again_and_again(sites: list[Site]) -> None:
     port = unused_port()
     sites.append(site := Site(f"connect: 127.0.0.1:{port}\n{COMMON}"))

@@ -11,6 +11,7 @@ A line is `{"d":"probe","t":1767225600123,"m":{"p":310}}`; `t` (Unix ms) may be 
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -225,7 +226,7 @@ class Driver:
     @contextmanager
     def _accepted(self, host: Host) -> Iterator[Stream | None]:
         if self._listener is None:
-            self._listener = socket.create_server(("127.0.0.1", self._config.listen or 0))
+            self._listener = _listening(self._config.listen or 0)
         while not host.wait(0):
             self._judge_silence(host)
             self._refuse(host)
@@ -325,6 +326,14 @@ class Driver:
 
 def _shown(line: bytes) -> str:
     return line[:40].decode("utf-8", "backslashreplace")
+
+
+def _listening(port: int) -> socket.socket:
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        why = "is used by another program" if error.errno == errno.EADDRINUSE else error.strerror
+        raise OSError(f"port {port} {why}") from None
 
 
 @contextmanager
