@@ -9,6 +9,7 @@
 # the user `citybrain`. For an image run it in a chroot. With DESTDIR it installs below that folder and leaves users and
 # services alone: a rehearsal.
 set -eu
+umask 022 # root's may be narrower, and the user `citybrain` must read what is installed
 
 DESTDIR="${DESTDIR:-}"
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -57,9 +58,27 @@ make_user() {
     done
 }
 
-# Into a folder of its own, then one rename of a link: a run that is cut off leaves the version that was there.
-install_program() {
+# One run at a time: the kernel lets go of the lock however that run ends.
+lock() {
     mkdir -p "$OPT"
+    exec 9>"$OPT/.lock"
+    flock -n 9 || refuse "another run of it is at work here"
+}
+
+# What earlier runs left that were cut off: each is as large as the program.
+clear_remains() {
+    before=$(readlink "$OPT/venv" || true)
+    for one in "$OPT"/venv-*; do
+        if [ -d "$one" ] && [ "$(basename "$one")" != "$before" ]; then
+            rm -rf "$one"
+        fi
+    done
+}
+
+# Into a folder of its own, then one rename of a link: a run that is cut off leaves the version that was there. All of it
+# is on the disk before the link leads to it, and the link before the old one goes: the power may be cut as well.
+install_program() {
+    clear_remains
     version=$(basename "$WHEEL" | cut -d- -f2)
     made="$OPT/venv-$version-$(date +%s)"
     "$PYTHON" -m venv "$made"
@@ -71,12 +90,26 @@ install_program() {
         rm -rf "$made"
         refuse "the program could not be installed; what was there before is still there"
     fi
-    before=$(readlink "$OPT/venv" || true)
+    sync -f "$OPT"
     ln -sfn "$(basename "$made")" "$OPT/.venv.new"
     mv -T "$OPT/.venv.new" "$OPT/venv"
-    if [ -n "$before" ] && [ "$before" != "$(basename "$made")" ]; then
-        rm -rf "${OPT:?}/$before"
-    fi
+    sync -f "$OPT"
+    clear_remains
+}
+
+# `systemctl help citybrain-gateway`, and whoever stands at the box without a network.
+install_docs() {
+    [ -d "$HERE/../docs" ] || return 0
+    rm -rf "$OPT/docs.new"
+    cp -R "$HERE/../docs" "$OPT/docs.new"
+    rm -rf "$OPT/docs"
+    mv -T "$OPT/docs.new" "$OPT/docs"
+}
+
+# A file is there whole or as it was before.
+put() {
+    install -m 0644 "$1" "$2.new"
+    mv -T "$2.new" "$2"
 }
 
 install_state() {
@@ -89,10 +122,12 @@ install_state() {
 install_units() {
     mkdir -p "$SYSTEMD" "$JOURNAL"
     for unit in citybrain-gateway.service citybrain-gateway-renew.service citybrain-gateway-renew.timer; do
-        install -m 0644 "$UNITS/$unit" "$SYSTEMD/$unit"
+        put "$UNITS/$unit" "$SYSTEMD/$unit"
     done
-    printf '[Journal]\nStorage=volatile\nRuntimeMaxUse=32M\n' >"$JOURNAL/citybrain.conf"
-    chmod 0644 "$JOURNAL/citybrain.conf"
+    printf '[Journal]\nStorage=volatile\nRuntimeMaxUse=32M\n' >"$OPT/.journal"
+    put "$OPT/.journal" "$JOURNAL/citybrain.conf"
+    rm "$OPT/.journal"
+    sync -f "$SYSTEMD"
     [ -z "$DESTDIR" ] || return 0
     systemctl daemon-reload
     systemctl try-restart systemd-journald.service
@@ -105,7 +140,8 @@ install_units() {
 
 say_what_next() {
     if [ -f "$STATE/gateway.yaml" ]; then
-        echo "installed; it is enrolled: /opt/citybrain/venv/bin/citybrain gateway doctor --data /var/lib/citybrain"
+        echo "installed; it is enrolled; how it is:"
+        echo "  sudo -u citybrain /opt/citybrain/venv/bin/citybrain gateway doctor --data /var/lib/citybrain"
         return
     fi
     echo "installed; enrol it now, with what the QR code says:"
@@ -133,8 +169,10 @@ done
 [ -n "$WHEEL" ] || usage
 
 check_system
+lock
 make_user
 install_program
+install_docs
 install_state
 install_units
 say_what_next
