@@ -5,8 +5,8 @@
 #
 # WHEEL is citybrain_senses-*.whl; requirements/pi.lock and deploy/systemd are taken from beside this script. With
 # --wheels DIR nothing is fetched: DIR holds the wheels that pi.lock names. It may be run again, to repair or to update;
-# what a run does is the same whatever was there before. It touches /opt/citybrain, /var/lib/citybrain, three units, and
-# the user `citybrain`. For an image run it in a chroot. With DESTDIR it installs below that folder and leaves users and
+# what a run does is the same whatever was there before. It touches /opt/citybrain, /var/lib/citybrain, three units,
+# /usr/local/bin/citybrain-gateway, the journal's settings, and the user `citybrain`. For an image run it in a chroot. With DESTDIR it installs below that folder and leaves users and
 # services alone: a rehearsal.
 set -eu
 umask 022 # root's may be narrower, and the user `citybrain` must read what is installed
@@ -18,6 +18,7 @@ UNITS="$HERE/systemd"
 OPT="$DESTDIR/opt/citybrain"
 STATE="$DESTDIR/var/lib/citybrain"
 SYSTEMD="$DESTDIR/etc/systemd/system"
+BIN="$DESTDIR/usr/local/bin"
 JOURNAL="$DESTDIR/etc/systemd/journald.conf.d"
 PYTHON="${PYTHON:-python3}"
 
@@ -112,6 +113,19 @@ put() {
     mv -T "$2.new" "$2"
 }
 
+# What a technician types: the box's own program, as the box's user, on the box's folder.
+install_command() {
+    mkdir -p "$BIN"
+    cat >"$OPT/.command" <<'END'
+#!/bin/sh
+# `citybrain-gateway status`: `citybrain gateway status` of this box, as the user it runs as.
+exec sudo -u citybrain /opt/citybrain/venv/bin/citybrain gateway "$@" --data /var/lib/citybrain
+END
+    install -m 0755 "$OPT/.command" "$BIN/citybrain-gateway.new"
+    mv -T "$BIN/citybrain-gateway.new" "$BIN/citybrain-gateway"
+    rm "$OPT/.command"
+}
+
 install_state() {
     mkdir -p "$STATE"
     chmod 0700 "$STATE"
@@ -140,12 +154,11 @@ install_units() {
 
 say_what_next() {
     if [ -f "$STATE/gateway.yaml" ]; then
-        echo "installed; it is enrolled; how it is:"
-        echo "  sudo -u citybrain /opt/citybrain/venv/bin/citybrain gateway doctor --data /var/lib/citybrain"
+        echo "installed; it is enrolled; how it is: citybrain-gateway doctor"
         return
     fi
     echo "installed; enrol it now, with what the QR code says:"
-    echo "  sudo -u citybrain /opt/citybrain/venv/bin/citybrain gateway enrol --data /var/lib/citybrain --qr-text 'https://…'"
+    echo "  citybrain-gateway enrol --qr-text 'https://…'"
     echo "  sudo systemctl start citybrain-gateway"
 }
 
@@ -173,6 +186,7 @@ lock
 make_user
 install_program
 install_docs
+install_command
 install_state
 install_units
 say_what_next

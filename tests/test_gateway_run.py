@@ -352,6 +352,8 @@ def test_status_says_how_it_is_in_both_languages(
         code, out = cli(capsys, "status", "--json", "--data", str(folder))
         told = json.loads(out)
         assert (code, told["online"], told["gateway"], told["wrong"]) == (0, True, GATEWAY, {})
+        page = (Path(__file__).parents[1] / "docs" / "gateway.md").read_text(encoding="utf-8")
+        assert {key for key in told if f"`{key}`" not in page} == set()
         assert "online (127.0.0.1:" in cli(capsys, "status", "--data", str(folder))[1]
         monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
         assert "在线" in cli(capsys, "status", "--data", str(folder))[1]

@@ -152,6 +152,9 @@ def test_it_installs_repeats_and_leaves_what_was_there_when_it_fails(tmp_path: P
     assert done.returncode == 0, done.stderr
     assert "enrol it now" in done.stdout
     assert not remains.exists()
+    command = target / "usr/local/bin/citybrain-gateway"
+    assert os.access(command, os.X_OK)
+    assert 'gateway "$@" --data /var/lib/citybrain' in command.read_text()
     assert (target / "opt/citybrain/docs/gateway.md").exists(), "the unit's documentation"
     assert (target / "opt/citybrain/venv/bin/citybrain").stat().st_mode & 0o005 == 0o005, "whatever root's umask is"
     assert (target / "var/lib/citybrain").stat().st_mode & 0o077 == 0
