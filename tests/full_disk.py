@@ -1,4 +1,4 @@
-"""What runs on a disk that is really full: `tests/test_bad_input.py` mounts one of 3 MiB and runs this there.
+"""What runs on a disk that is really full: `tests/site/test_bad_input.py` mounts one of 3 MiB and runs this there.
 
 Not collected by itself (its name does not begin with `test_`): on a disk with room it would fill it.
 """
@@ -35,7 +35,7 @@ from tests.desk_city import City
 from tests.engine_logs import START
 from tests.history_logs import busy_log
 from tests.history_logs import write as write_log
-from tests.test_ingest import NOW, Platform, encoded, reading
+from tests.streams.test_ingest import NOW, Platform, encoded, reading
 
 MOST_BYTES = 8 * 1024 * 1024
 

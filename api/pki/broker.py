@@ -1,6 +1,6 @@
 """The folder that a mosquitto reads: listeners, who may use which topic, certificates, and who is shut out.
 
-mosquitto 2.0.11 reads certificates, revocation list and access list again on SIGHUP (tests/test_broker_tls.py). An
+mosquitto 2.0.11 reads certificates, revocation list and access list again on SIGHUP (tests/api/test_broker_tls.py). An
 access list applies to sessions that are open, a revocation list only to new ones, so a gateway whose certificate is
 revoked is also denied every topic: it is out at once.
 """

@@ -28,8 +28,8 @@ from citybrain.segments import Record
 from streams.runtimes.kafka.access import faust_credentials
 from streams.runtimes.kafka.parcels import opened
 from streams.runtimes.kafka.store import KafkaStore
+from streams.runtimes.shard_worker import ShardWorker, publish
 from streams.runtimes.stores import Place
-from streams.runtimes.worker import ShardWorker, publish
 from streams.warm import warm_engine
 
 GROUP = "citybrain-worker"

@@ -18,8 +18,8 @@ from citybrain.layout import Run
 from streams.runtimes.kafka.parcels import opened
 from streams.runtimes.kafka.partition import CONSUMER, PASSING, offset_of, place_of
 from streams.runtimes.kafka.store import KafkaStore
+from streams.runtimes.shard_worker import ShardWorker, publish
 from streams.runtimes.stores import Place
-from streams.runtimes.worker import ShardWorker, publish
 from streams.warm import warm_engine
 
 GROUP = "citybrain-worker"
