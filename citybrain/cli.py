@@ -8,6 +8,7 @@ An entry point in group `citybrain.commands` names a `Subcommand`; it is loaded 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -16,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from citybrain.errors import CityBrainError
+from citybrain.errors import EXIT_FAILED, CityBrainError
 
 GROUP = "citybrain.commands"
 
@@ -84,3 +85,6 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `… | head`: whoever reads has seen enough; nothing may be flushed at the end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED

@@ -67,11 +67,15 @@ class Lines:
     def __init__(self, file: str, node: yaml.Node | None) -> None:
         self.file = file
         self._lines: dict[str, int] = {}
+        self._walked: set[int] = set()  # nodes: an alias (`*a`) is walked once, whatever it multiplies to
         if node is not None:
             self._walk(node, "")
 
     def _walk(self, node: yaml.Node, path: str) -> None:
         self._lines.setdefault(path, node.start_mark.line + 1)
+        if id(node) in self._walked:
+            return
+        self._walked.add(id(node))
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, value in node.value:
@@ -99,11 +103,18 @@ def parse_yaml(text: str, file: str) -> tuple[Any, Lines]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = yaml.safe_load(text)
+        return value, Lines(file, node)
+    except yaml.reader.ReaderError as error:
+        line, code = text.count("\n", 0, error.position) + 1, int(error.character)
+        raise ConfigError(f"{file}:{line}", f"not YAML: the character U+{code:04X} may not stand in it") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark is not None else 1
-        raise ConfigError(f"{file}:{line}", f"not YAML: {getattr(error, 'problem', error)}") from None
-    return value, Lines(file, node)
+        problem = str(getattr(error, "problem", error))
+        hint = "; indent with spaces, not with tabs" if r"'\t'" in problem else ""
+        raise ConfigError(f"{file}:{line}", f"not YAML: {problem}{hint}") from None
+    except RecursionError:
+        raise ConfigError(f"{file}:1", "nested too deeply") from None
 
 
 def convert(value: Any, kind: type[T], lines: Lines, path: str = "") -> T:
@@ -112,6 +123,9 @@ def convert(value: Any, kind: type[T], lines: Lines, path: str = "") -> T:
         return msgspec.convert(value, kind, dec_hook=_hook)
     except msgspec.ValidationError as error:
         what, _, inside = str(error).partition(" - at `")
+        if key := re.match(r"key` in `(.*)", inside):
+            inside, what = key[1], f"{what} as a key: put it in quotes"
+        what += ": nothing is written there" if what.endswith("got `null`") else ""
         inner = _named(inside.rstrip("`").removeprefix("$"), value, kind, str(error)).removeprefix(".")
         unknown = re.search(r"unknown field `(.+)`", what)
         if unknown:
@@ -119,6 +133,8 @@ def convert(value: Any, kind: type[T], lines: Lines, path: str = "") -> T:
             what = f"unknown field {unknown[1]!r}{_nearest(unknown[1], kind)}"
         full = f"{path}{'' if not path or not inner or inner[0] == '[' else '.'}{inner}"
         raise ConfigError(lines.where(full), what) from None
+    except RecursionError:
+        raise ConfigError(lines.where(path), "nested too deeply, or an anchor (&) that holds itself") from None
 
 
 def _named(path: str, value: Any, kind: Any, message: str) -> str:
@@ -167,11 +183,20 @@ def _nearest(name: str, kind: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def read_text(path: Path) -> str:
+    """Return a file's text; raises ConfigError where it cannot be read, or is not UTF-8, with the line."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror or error}") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}", f"not UTF-8 (byte {content[error.start]:02X}): save it as UTF-8") from None
+
+
 def load_yaml(path: Path, kind: type[T]) -> T:
     """Read a YAML file as `kind`; raises ConfigError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), f"cannot be read: {error}") from None
-    value, lines = parse_yaml(text, str(path))
+    value, lines = parse_yaml(read_text(path), str(path))
     return convert(value, kind, lines)

@@ -5,10 +5,11 @@
 #
 # WHEEL is citybrain_senses-*.whl; requirements/pi.lock and deploy/systemd are taken from beside this script. With
 # --wheels DIR nothing is fetched: DIR holds the wheels that pi.lock names. It may be run again, to repair or to update;
-# what a run does is the same whatever was there before. It touches /opt/citybrain, /var/lib/citybrain, three units, and
-# the user `citybrain`. For an image run it in a chroot. With DESTDIR it installs below that folder and leaves users and
+# what a run does is the same whatever was there before. It touches /opt/citybrain, /var/lib/citybrain, three units,
+# /usr/local/bin/citybrain-gateway, the journal's settings, and the user `citybrain`. For an image run it in a chroot. With DESTDIR it installs below that folder and leaves users and
 # services alone: a rehearsal.
 set -eu
+umask 022 # root's may be narrower, and the user `citybrain` must read what is installed
 
 DESTDIR="${DESTDIR:-}"
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -17,6 +18,7 @@ UNITS="$HERE/systemd"
 OPT="$DESTDIR/opt/citybrain"
 STATE="$DESTDIR/var/lib/citybrain"
 SYSTEMD="$DESTDIR/etc/systemd/system"
+BIN="$DESTDIR/usr/local/bin"
 JOURNAL="$DESTDIR/etc/systemd/journald.conf.d"
 PYTHON="${PYTHON:-python3}"
 
@@ -57,9 +59,27 @@ make_user() {
     done
 }
 
-# Into a folder of its own, then one rename of a link: a run that is cut off leaves the version that was there.
-install_program() {
+# One run at a time: the kernel lets go of the lock however that run ends.
+lock() {
     mkdir -p "$OPT"
+    exec 9>"$OPT/.lock"
+    flock -n 9 || refuse "another run of it is at work here"
+}
+
+# What earlier runs left that were cut off: each is as large as the program.
+clear_remains() {
+    before=$(readlink "$OPT/venv" || true)
+    for one in "$OPT"/venv-*; do
+        if [ -d "$one" ] && [ "$(basename "$one")" != "$before" ]; then
+            rm -rf "$one"
+        fi
+    done
+}
+
+# Into a folder of its own, then one rename of a link: a run that is cut off leaves the version that was there. All of it
+# is on the disk before the link leads to it, and the link before the old one goes: the power may be cut as well.
+install_program() {
+    clear_remains
     version=$(basename "$WHEEL" | cut -d- -f2)
     made="$OPT/venv-$version-$(date +%s)"
     "$PYTHON" -m venv "$made"
@@ -71,12 +91,39 @@ install_program() {
         rm -rf "$made"
         refuse "the program could not be installed; what was there before is still there"
     fi
-    before=$(readlink "$OPT/venv" || true)
+    sync -f "$OPT"
     ln -sfn "$(basename "$made")" "$OPT/.venv.new"
     mv -T "$OPT/.venv.new" "$OPT/venv"
-    if [ -n "$before" ] && [ "$before" != "$(basename "$made")" ]; then
-        rm -rf "${OPT:?}/$before"
-    fi
+    sync -f "$OPT"
+    clear_remains
+}
+
+# `systemctl help citybrain-gateway`, and whoever stands at the box without a network.
+install_docs() {
+    [ -d "$HERE/../docs" ] || return 0
+    rm -rf "$OPT/docs.new"
+    cp -R "$HERE/../docs" "$OPT/docs.new"
+    rm -rf "$OPT/docs"
+    mv -T "$OPT/docs.new" "$OPT/docs"
+}
+
+# A file is there whole or as it was before.
+put() {
+    install -m 0644 "$1" "$2.new"
+    mv -T "$2.new" "$2"
+}
+
+# What a technician types: the box's own program, as the box's user, on the box's folder.
+install_command() {
+    mkdir -p "$BIN"
+    cat >"$OPT/.command" <<'END'
+#!/bin/sh
+# `citybrain-gateway status`: `citybrain gateway status` of this box, as the user it runs as.
+exec sudo -u citybrain /opt/citybrain/venv/bin/citybrain gateway "$@" --data /var/lib/citybrain
+END
+    install -m 0755 "$OPT/.command" "$BIN/citybrain-gateway.new"
+    mv -T "$BIN/citybrain-gateway.new" "$BIN/citybrain-gateway"
+    rm "$OPT/.command"
 }
 
 install_state() {
@@ -89,10 +136,12 @@ install_state() {
 install_units() {
     mkdir -p "$SYSTEMD" "$JOURNAL"
     for unit in citybrain-gateway.service citybrain-gateway-renew.service citybrain-gateway-renew.timer; do
-        install -m 0644 "$UNITS/$unit" "$SYSTEMD/$unit"
+        put "$UNITS/$unit" "$SYSTEMD/$unit"
     done
-    printf '[Journal]\nStorage=volatile\nRuntimeMaxUse=32M\n' >"$JOURNAL/citybrain.conf"
-    chmod 0644 "$JOURNAL/citybrain.conf"
+    printf '[Journal]\nStorage=volatile\nRuntimeMaxUse=32M\n' >"$OPT/.journal"
+    put "$OPT/.journal" "$JOURNAL/citybrain.conf"
+    rm "$OPT/.journal"
+    sync -f "$SYSTEMD"
     [ -z "$DESTDIR" ] || return 0
     systemctl daemon-reload
     systemctl try-restart systemd-journald.service
@@ -105,11 +154,11 @@ install_units() {
 
 say_what_next() {
     if [ -f "$STATE/gateway.yaml" ]; then
-        echo "installed; it is enrolled: /opt/citybrain/venv/bin/citybrain gateway doctor --data /var/lib/citybrain"
+        echo "installed; it is enrolled; how it is: citybrain-gateway doctor"
         return
     fi
     echo "installed; enrol it now, with what the QR code says:"
-    echo "  sudo -u citybrain /opt/citybrain/venv/bin/citybrain gateway enrol --data /var/lib/citybrain --qr-text 'https://…'"
+    echo "  citybrain-gateway enrol --qr-text 'https://…'"
     echo "  sudo systemctl start citybrain-gateway"
 }
 
@@ -133,8 +182,11 @@ done
 [ -n "$WHEEL" ] || usage
 
 check_system
+lock
 make_user
 install_program
+install_docs
+install_command
 install_state
 install_units
 say_what_next

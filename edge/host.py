@@ -23,6 +23,7 @@ from citybrain.model import Lane, Reading
 from edge.child import Asked, Child, Clocked, Stop, ahead_ms
 from edge.driver import Quality, Request
 from edge.drivers import DRIVERS
+from edge.latest import Latest
 from edge.limits import Limit, Limits
 from edge.mailbox import Answer, Blob, Dropped, Mailbox, MailboxHost, Put, Said, Upward
 from edge.report import Report, Reporter
@@ -169,6 +170,7 @@ class Hosts:
                 if device in self._by_device:
                     raise ConfigError(f"drivers.{name}", f"device {device!r} is already of {self._by_device[device]}")
                 self._by_device[device] = name
+        self.latest = Latest(self._by_device)
 
     # --- the source ---
 
@@ -225,6 +227,7 @@ class Hosts:
             reading = Reading(reading.device, reading.observed_at, finite)
         if not finite:
             return
+        self.latest.note(reading)
         if reading.device in one.doubted:
             one.doubted.discard(reading.device)
             self._say(one, reading.device, Quality.GOOD, "", now_ms, found)

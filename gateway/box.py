@@ -27,6 +27,7 @@ from gateway.journal import JournalCounters
 from gateway.lines import Lines
 from gateway.orders import Orders
 from gateway.pace import Paced
+from gateway.points import write_points
 from gateway.service import Broker, GatewayService
 from gateway.spool import Spool
 from gateway.times import BoxClock
@@ -170,6 +171,7 @@ class Box:
             "wrong": wrong,
         }
         self.counters.publish()
+        write_points(self.counters.live, self.lines.hosts, self.clock.now_ms())
         self._watchdog.status(self._status(wrong))
 
     def _status(self, wrong: dict[str, str]) -> str:

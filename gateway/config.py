@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from citybrain.config import Duration, Lines, convert, parse_yaml
+from citybrain.config import Duration, Lines, convert, parse_yaml, read_text
 from citybrain.errors import ConfigError
 from edge.drivers import DRIVERS
 from edge.host import Configured
@@ -23,6 +24,8 @@ from edge.report import Report
 
 FILE = "gateway.yaml"
 LEAST_SPOOL_MB = 8
+LEAST_AGE_MS = 3_600_000  # an age of seconds would throw away what only waits for its acknowledgement
+MOST_DEVICE = 128
 ANY_DRIVER = ("driver", "report", "limits")  # what any driver may be told; the rest is its own
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -76,13 +79,12 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def read_config(path: Path) -> GatewayConfig:
     """Read and check the file; raises ConfigError with file, line and field."""
-    try:
-        text = path.read_bytes().decode()
-    except FileNotFoundError:
-        raise ConfigError(str(path), "there is none: `citybrain gateway enrol` writes it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), f"cannot be read: {error}") from None
-    return parse_config(text, str(path))
+    if not path.exists():
+        raise ConfigError(str(path), "there is none: `citybrain gateway enrol` writes it")
+    config = parse_config(read_text(path), str(path))
+    return msgspec.structs.replace(
+        config, sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+    )  # the file's, with its BOM
 
 
 def parse_config(text: str, file: str = FILE) -> GatewayConfig:
@@ -91,7 +93,8 @@ def parse_config(text: str, file: str = FILE) -> GatewayConfig:
     raw = convert(value, _File, lines)
     _check(raw, lines)
     drivers = tuple(_driver(name, section, lines) for name, section in raw.drivers.items())
-    _one_owner(drivers, lines)
+    _one_owner(raw.gateway, drivers, lines)
+    _one_user(drivers, lines)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return GatewayConfig(raw.gateway, raw.shard, raw.broker, raw.spool, drivers, digest)
 
@@ -103,10 +106,14 @@ def _check(raw: _File, lines: Lines) -> None:
         raise ConfigError(lines.where("shard"), f"expected 0 or more, got {raw.shard}")
     if not 0 < raw.broker.port < 65_536:
         raise ConfigError(lines.where("broker.port"), f"expected 1 to 65535, got {raw.broker.port}")
+    if not raw.broker.host.strip():
+        raise ConfigError(lines.where("broker.host"), "expected the broker's name or address, got nothing")
     if raw.broker.tls is None and not loopback(raw.broker.host):
         raise ConfigError(lines.where("broker"), f"{raw.broker.host!r} is not this machine: `tls` must be given")
     if raw.spool.limit_mb < LEAST_SPOOL_MB:
         raise ConfigError(lines.where("spool.limit_mb"), f"expected {LEAST_SPOOL_MB} or more, got {raw.spool.limit_mb}")
+    if raw.spool.age < LEAST_AGE_MS:
+        raise ConfigError(lines.where("spool.age"), "expected 1h or more")
     if not 0 < raw.spool.commit_every <= 60_000:
         raise ConfigError(lines.where("spool.commit_every"), "expected more than 0 and at most 1min")
     for name in raw.drivers:
@@ -146,12 +153,33 @@ def _module(kind: str, where: str) -> Any:
         raise ConfigError(where, f"driver {kind!r} cannot be loaded here: {error}") from None
 
 
-def _one_owner(drivers: tuple[Configured, ...], lines: Lines) -> None:
-    """Refuse a device that two drivers speak for: its readings would contradict each other."""
-    owner: dict[str, str] = {}
+def _one_owner(gateway: str, drivers: tuple[Configured, ...], lines: Lines) -> None:
+    """Refuse a device that two drivers speak for, or the box itself: its readings would contradict each other."""
+    owner = {gateway: "the gateway itself"}
     for one in drivers:
         for device in one.config.devices():  # type: ignore[attr-defined]
+            where = lines.where(f"drivers.{one.name}")
+            if not device.strip() or len(device) > MOST_DEVICE or not device.isprintable():
+                raise ConfigError(
+                    where, f"device {device[:80]!r}: want a name of 1 to {MOST_DEVICE} visible characters"
+                )
             if device in owner:
-                what = f"device {device!r} belongs to {owner[device]!r} already"
-                raise ConfigError(lines.where(f"drivers.{one.name}"), what)
-            owner[device] = one.name
+                raise ConfigError(where, f"device {device!r} belongs to {owner[device]} already")
+            owner[device] = repr(one.name)
+
+
+def _one_user(drivers: tuple[Configured, ...], lines: Lines) -> None:
+    """Refuse a port that is no path, or that two drivers would open, under whatever names it has now."""
+    user: dict[str | int, str] = {}
+    for one in drivers:
+        port, listen = getattr(one.config, "port", None), getattr(one.config, "listen", None)
+        if isinstance(port, str) and port and not port.startswith("/"):
+            want = "want its path, such as /dev/serial/by-id/…, which stays the same whichever socket it is in"
+            raise ConfigError(lines.where(f"drivers.{one.name}.port"), f"{port!r}: {want}")
+        named = {"port": os.path.realpath(port) if isinstance(port, str) and port else None, "listen": listen}
+        for field, place in named.items():
+            if place in user:
+                what = f"{place} belongs to driver {user[place]!r} already: one driver a port"
+                raise ConfigError(lines.where(f"drivers.{one.name}.{field}"), what)
+            if place is not None:
+                user[place] = one.name

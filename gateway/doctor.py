@@ -19,9 +19,13 @@ import msgspec
 
 from citybrain.cli import emit, language
 from citybrain.clock import iso, real_unix_ms
-from citybrain.counters import read_heartbeats
 from citybrain.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError
 from citybrain.i18n import text
+from edge.driver import Quality
+from gateway.command import user_name
+from gateway.journal import last_heartbeat
+from gateway.ports import look_at
+from gateway.status import worded
 
 TIMESYNC = Path("/run/systemd/timesync/synchronized")
 SECRET_MODE = 0o077  # what nobody else may do with the key
@@ -41,6 +45,10 @@ class Finding(msgspec.Struct, frozen=True):
 
     def told(self, language: str) -> str:
         """Return it in words."""
+        if self.code in ("device", "driver"):
+            what, why = self.facts["what"], self.facts["why"]
+            look = text(f"look.{why.partition(':')[0].upper()}", language) if self.code == "device" else ""
+            return text(f"doctor.{self.code}", language, what=worded(what, why, language), look=look)
         return text(f"doctor.{self.code}", language, **self.facts)
 
 
@@ -61,6 +69,7 @@ def wrong(code: str, **facts: object) -> Finding:
 
 def examine(folder: Path, now_ms: int) -> Look:
     """Yield every finding about the gateway of a data folder."""
+    yield from _user(folder)
     yield from _clock(now_ms)
     yield from _disk(folder)
     from gateway.config import FILE, read_config  # noqa: PLC0415  with the drivers' modules: not for `run`'s memory
@@ -73,10 +82,17 @@ def examine(folder: Path, now_ms: int) -> Look:
     yield good("config_well", gateway=config.gateway, drivers=len(config.drivers))
     yield from _spool(folder, config)
     for driver in config.drivers:
-        yield from _port(driver.name, driver.config)
+        yield from _port(folder, driver.name, driver.config)
     yield from _certificate(folder, config, now_ms)
     yield from _broker(folder, config, now_ms)
     yield from _process(folder, now_ms)
+
+
+def _user(folder: Path) -> Look:
+    """Root may use any port: what the gateway's own user may not, only that user finds."""
+    owner = folder.stat().st_uid if folder.is_dir() else 0
+    if os.geteuid() == 0 and owner != 0:
+        yield mind("as_root", user=user_name(owner))
 
 
 def _clock(now_ms: int) -> Look:
@@ -112,23 +128,13 @@ def _spool(folder: Path, config: Any) -> Look:
     yield level("spool", used_mb=round(used_mb, 1), limit_mb=config.spool.limit_mb)
 
 
-def _port(name: str, config: object) -> Look:
+def _port(folder: Path, name: str, config: object) -> Look:
     for field in ("port", "device"):
         path = getattr(config, field, None)
         if isinstance(path, str) and path.startswith("/"):
-            if not Path(path).exists():
-                yield wrong("port_missing", driver=name, port=path)
-            elif not os.access(path, os.R_OK | os.W_OK):
-                yield wrong("port_denied", driver=name, port=path, group=_group(Path(path)))
-            else:
-                yield good("port", driver=name, port=path)
-
-
-def _group(path: Path) -> str:
-    try:
-        return path.group()
-    except (OSError, KeyError):
-        return "dialout"
+            beat = last_heartbeat(folder / "run")
+            level, code, facts = look_at(Path(path), beat.pid if beat is not None else 0)
+            yield Finding(level, code, {"driver": name, "port": path, **facts})
 
 
 def _certificate(folder: Path, config: Any, now_ms: int) -> Look:
@@ -168,24 +174,41 @@ def _broker(folder: Path, config: Any, now_ms: int) -> Look:
     except OSError as error:
         yield wrong("broker", host=host, port=port, address=address, why=error.strerror or error)
         return
-    if config.broker.tls is not None:
-        from gateway.broker.tls import refusal  # noqa: PLC0415
-
-        refused = refusal(host, port, config.broker.tls.under(folder), now_ms)
-        if refused:
-            yield wrong("broker", host=host, port=port, address=address, why=refused)
-            return
+    refused = _refused(folder, config, now_ms)
+    if refused is None:
+        return
+    if refused:
+        yield wrong("broker", host=host, port=port, address=address, why=refused)
+        return
     yield good("broker_well", host=host, port=port, address=address)
 
 
+def _refused(folder: Path, config: Any, now_ms: int) -> str | None:
+    """Return why the broker does not take us, "" where it does, None where our own files are at fault, said before."""
+    from gateway.broker.greet import greet  # noqa: PLC0415
+    from gateway.broker.tls import failure, own_dates  # noqa: PLC0415
+
+    host, port, part = config.broker.host, config.broker.port, config.broker.tls
+    tls = part.under(folder) if part is not None else None
+    try:
+        dates = own_dates(tls, now_ms) if tls is not None else ""
+        found = greet(host, port, tls, f"{config.gateway}-doctor")
+    except ConfigError:
+        return None
+    except OSError as error:
+        found = failure(error, host, now_ms)
+    return "; ".join(one for one in (found, dates) if one)
+
+
 def _process(folder: Path, now_ms: int) -> Look:
-    beat = next((one for one in read_heartbeats(folder / "run") if one.process == "gateway"), None)
+    beat = last_heartbeat(folder / "run")
     if beat is None or not beat.live(now_ms):
         yield mind("process")
         return
     yield good("process_well", pid=beat.pid)
     for what, why in beat.details.get("gateway", {}).get("wrong", {}).items():
-        yield wrong("driver", what=what, why=why)
+        quality = why.partition(":")[0].upper()
+        yield Finding("wrong", "device" if quality in Quality.__members__ else "driver", {"what": what, "why": why})
 
 
 def arguments(_parser: argparse.ArgumentParser) -> None:

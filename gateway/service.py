@@ -32,10 +32,9 @@ FIRST_RETRY_S = 0.25
 MOST_RETRY_S = 8.0
 SAY_AGAIN_S = 3600.0
 MOST_REASONS = 16
-TELL_LEAST_S, TELL_AGAIN_S = (
-    30.0,
-    3600.0,
-)  # a status that changed is told so often; one that did not, in case it was lost
+TELL_LEAST_S = 30.0  # a status that changed is told so often
+TELL_AGAIN_S = 3600.0  # one that did not, in case it was lost
+SHORT_S, SHORT_TIMES = 60.0, 3  # so many connections one after the other that end so soon have one cause
 ASK_AGAIN_S = 300.0  # between two questions why the broker hangs up: each costs it a handshake
 TCP_BYTES = struct.Struct("=120x2Q")  # tcpi_bytes_acked, tcpi_bytes_received in struct tcp_info, linux/tcp.h
 
@@ -92,6 +91,8 @@ class GatewayService:
         self._said_s: dict[str, float] = {}  # when each reason was said last
         self._asked_s = -ASK_AGAIN_S
         self._ask = False
+        self._ready_s = 0.0  # since when messages flow
+        self._short = 0  # connections, one after the other, that ended soon and unexplained
         self._dial: Dial | None = None
         self._counted = (0, 0)
         self._about: About | None = None
@@ -183,6 +184,9 @@ class GatewayService:
         client = self._client
         if client is None:
             return
+        if self.ready and (self._said_s or self._short) and mono_s - self._ready_s > SHORT_S:
+            self._said_s.clear()  # it holds: the next loss is news
+            self._delay_s, self._short = FIRST_RETRY_S, 0
         self._check(client.loop_misc())
         if not self.ready and mono_s - self._since_s > READY_TIMEOUT_S:
             self._lost("the broker does not answer")
@@ -235,6 +239,7 @@ class GatewayService:
             return
         dial, self._dial, self._ask = self._dial, None, False
         if dial.line is None:
+            self._short = 0  # nobody is there at all: that has another cause
             self._lost(dial.failed, "connect")
         else:
             self._greet(dial.line)
@@ -264,11 +269,23 @@ class GatewayService:
         if self._client is None:
             return
         if code not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_AGAIN) or self._client.socket() is None:
-            why = paho.error_string(code)
+            why = self._broken(paho.error_string(code))
             if self._refused or self.ready or not self._unexplained():
                 self._lost(self._refused or (why if self.ready else self.reason or why))
             else:
                 self._lost("")
+
+    def _broken(self, why: str) -> str:
+        """Return why a connection broke; where it does so again and again, what a broker does that knows two of us."""
+        if not self.ready:
+            where = f"{self._broker.host}:{self._broker.port}"
+            return (
+                why if self._broker.tls else f"{where} hung up on our greeting: is it a TLS port, and `tls` left out?"
+            )
+        self._short = self._short + 1 if monotonic_s() - self._ready_s < SHORT_S else 0
+        if self._short < SHORT_TIMES:
+            return why
+        return f"the broker ends each connection soon: does another box, or a copy of this card, use {self.gateway!r}?"
 
     def _unexplained(self) -> bool:
         """Return whether the next dial is to find out why the broker hung up on our certificate."""
@@ -351,8 +368,10 @@ class GatewayService:
             self._refused = f"the broker refuses its subscriptions below {self.uplink.ack_topic.removesuffix('ack')}"
             client.disconnect()
             return
-        self.ready, self._delay_s, self.reason, self._asked_s = True, FIRST_RETRY_S, "", -ASK_AGAIN_S
-        self._said_s.clear()
+        self.ready, self.reason, self._asked_s = True, "", -ASK_AGAIN_S
+        self._ready_s = monotonic_s()
+        if self._short < SHORT_TIMES:
+            self._delay_s = FIRST_RETRY_S
         self.uplink.counters.add("connections_total")
         self.uplink.connected(monotonic_s())
         self._publish_status(client, online=True)

@@ -86,7 +86,7 @@ class Driver:
             told = self._adapter.read(frame)
         except ValueError as error:
             host.drop("bad_payload", 1, f"station {frame.station}: {error}")
-            return Quality.IMPLAUSIBLE, str(error)
+            return Quality.IMPLAUSIBLE, f"{error}: is region {self._config.region} right?"
         at_ms = host.now_ms()
         _put(host, known.state(told, at_ms) if isinstance(told, RunState) else known.occurrence(told, at_ms))
         if odd := known.odd(told):

@@ -11,11 +11,13 @@ A line is `{"d":"probe","t":1767225600123,"m":{"p":310}}`; `t` (Unix ms) may be 
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from math import isfinite
 from typing import Literal, Protocol
 
 import msgspec
@@ -33,6 +35,9 @@ MOST_LINE_BYTES = 4096
 LOOK_S = 0.2
 CONNECT_S = 3.0
 FIRST_REOPEN_S, MOST_REOPEN_S = 0.5, 5.0
+GARBLED_TRIES = 3  # so many lines that are none, and no good one between: long before every device counts as silent
+NOISE_BYTES = 16  # so many that stand in no JSON, or that come while a device is silent, and it is not understood
+NOISE = bytes({*range(0x20), 0x7F, 0xC0, 0xC1, *range(0xF5, 0x100)} - set(b"\t\r\n"))  # controls, and no UTF-8
 
 
 class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,6 +53,8 @@ class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.metric not in METRICS:
             raise ValueError(f"unknown metric {self.metric!r}")
         own = METRICS[self.metric].unit
+        if not (isfinite(self.scale) and isfinite(self.offset)) or self.scale == 0:
+            raise ValueError(f"scale, offset: expected numbers, scale not 0, got {self.scale:g} and {self.offset:g}")
         if self.unit not in ("", own) and CONVERSIONS.get(self.unit, ("",))[0] != own:
             raise ValueError(f"unit: {self.metric} is in {own}, got {self.unit!r}")
 
@@ -81,8 +88,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("expected one of `listen`, `connect` and `port`")
         if self.listen is not None and not 1 <= self.listen <= 65535:
             raise ValueError(f"listen: expected 1 to 65535, got {self.listen}")
-        if self.connect and not (self.connect.rpartition(":")[0] and self.connect.rpartition(":")[2].isdecimal()):
+        host, _, port = self.connect.rpartition(":")
+        if self.connect and not (host and port.isdecimal() and 1 <= int(port) <= 65535):
             raise ValueError(f"connect: expected host:port, got {self.connect!r}")
+        if not 300 <= self.baud <= 4_000_000:
+            raise ValueError(f"baud: expected 300 to 4000000, got {self.baud}")
+        if not 100 <= self.silence <= 86_400_000:
+            raise ValueError("silence: expected 100ms to 1d")
         if not self.devices_ or len(set(self.devices_.values())) < len(self.devices_):
             raise ValueError("devices: expected at least one, each of ours once")
 
@@ -172,6 +184,9 @@ class Driver:
         self._name = name
         self._config = config
         self._last_s: dict[str, float] = {}  # when each device was heard last
+        self._tries = self._rubbish = self._noise = (
+            0  # lines that are none, bytes, and of these noise: since a good one
+        )
         self._listener: socket.socket | None = None
 
     def run(self, host: Host) -> None:
@@ -211,7 +226,7 @@ class Driver:
     @contextmanager
     def _accepted(self, host: Host) -> Iterator[Stream | None]:
         if self._listener is None:
-            self._listener = socket.create_server(("127.0.0.1", self._config.listen or 0))
+            self._listener = _listening(self._config.listen or 0)
         while not host.wait(0):
             self._judge_silence(host)
             self._refuse(host)
@@ -235,10 +250,14 @@ class Driver:
                 if not data:
                     return False
                 lines, long = splitter.feed(data)
+                self._rubbish += len(data)
+                self._noise += len(data) - len(data.translate(None, NOISE))
                 for line in lines:
                     self._take(host, line)
                 if long:
+                    self._tries += long
                     host.drop("line_too_long", long)
+                self._judge_rubbish(host)
             return True
         finally:
             if part := splitter.end():
@@ -251,7 +270,19 @@ class Driver:
     def _judge_silence(self, host: Host) -> None:
         for device, last_s in self._last_s.items():
             if host.mono_s() - last_s > self._config.silence / 1000:
-                host.quality(device, Quality.NO_ANSWER, f"nothing for {self._config.silence // 1000} s")
+                silent = f"nothing for {self._config.silence / 1000:g} s"
+                if self._rubbish >= NOISE_BYTES:
+                    host.quality(device, Quality.GARBLED, self._no_lines())
+                else:
+                    host.quality(device, Quality.NO_ANSWER, silent)
+
+    def _judge_rubbish(self, host: Host) -> None:
+        if self._tries >= GARBLED_TRIES or self._noise >= NOISE_BYTES:
+            for device in self._config.devices():
+                host.quality(device, Quality.GARBLED, self._no_lines())
+
+    def _no_lines(self) -> str:
+        return "no JSON lines" + (f"; is {self._config.baud} baud right?" if self._config.port else "")
 
     def _take(self, host: Host, line: bytes) -> None:
         """Hand over one line's reading; count what is none."""
@@ -261,7 +292,9 @@ class Driver:
         try:
             told = msgspec.json.decode(text, type=Line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            self._tries += 1
             return host.drop("no_json_line", 1, f"{error}: {_shown(text)}")
+        self._tries = self._rubbish = self._noise = 0
         device = self._config.devices_.get(told.d)
         if device is None:
             return host.drop("unknown_device", 1, _shown(text))
@@ -292,7 +325,15 @@ class Driver:
 
 
 def _shown(line: bytes) -> str:
-    return line[:80].decode("utf-8", "backslashreplace")
+    return line[:40].decode("utf-8", "backslashreplace")
+
+
+def _listening(port: int) -> socket.socket:
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        why = "is used by another program" if error.errno == errno.EADDRINUSE else error.strerror
+        raise OSError(f"port {port} {why}") from None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import msgspec
 
 from citybrain.errors import ConfigError
-from gateway.broker.tls import client_context, failure, refusal
+from gateway.broker.tls import client_context, failure, handshake, refusal
 from gateway.config import Tls, loopback
 
 CONNECT_TIMEOUT_S = 2.0  # of TCP, and again of TLS
@@ -89,7 +89,7 @@ class Dial:
             return line
         with contextlib.ExitStack() as undo:
             undo.callback(line.close)
-            wrapped = context.wrap_socket(line, server_hostname=self._broker.host)
+            wrapped = handshake(context, line, self._broker.host)
             undo.pop_all()
         return wrapped
 

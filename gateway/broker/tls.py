@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from citybrain.clock import iso
@@ -19,6 +21,7 @@ from gateway.times import SET_SINCE_MS
 
 PROBE_TIMEOUT_S = 2.0
 NOT_YET_VALID, EXPIRED, HOSTNAME, IP_ADDRESS = 9, 10, 62, 64  # X509_V_ERR_*, openssl/x509_vfy.h
+NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "UNKNOWN_PROTOCOL")  # OpenSSL's names
 # What the broker's alert (RFC 8446, 6.2) means for us; OpenSSL's names for them.
 ALERTS = {
     "CERTIFICATE_EXPIRED": "it has expired",
@@ -44,6 +47,7 @@ def client_context(tls: Tls) -> ssl.SSLContext:
         context.load_verify_locations(tls.ca)
     except ssl.SSLError:
         raise ConfigError(tls.ca, "expected the CA's certificate in PEM (-----BEGIN CERTIFICATE-----)") from None
+    read_certificate(Path(tls.certificate))  # OpenSSL would blame the key
     try:
         context.load_cert_chain(tls.certificate, tls.key)
     except ssl.SSLError as error:
@@ -68,9 +72,13 @@ def failure(error: OSError, host: str, now_ms: int) -> str:
     if isinstance(error, ConnectionResetError | ssl.SSLEOFError):
         return "it hung up in the middle of the TLS handshake; is it a TLS port?"
     if isinstance(error, ssl.SSLError):
+        if error.reason in NO_TLS:
+            return (
+                "what answers there speaks no TLS: is it a TLS port, or a login page of the network (captive portal)?"
+            )
         return _alert(error) or f"TLS: {error.reason or error}; is it a TLS port?"
     if isinstance(error, TimeoutError):
-        return "no answer in time"
+        return str(error) if isinstance(error, NoHandshake) else "no answer in time"
     return error.strerror or str(error)
 
 
@@ -114,13 +122,10 @@ def day(at_s: int) -> str:
 def probe(host: str, port: int, tls: Tls, now_ms: int, timeout_s: float = PROBE_TIMEOUT_S) -> str:
     """Shake hands once and listen; return why that fails, "" where it does not. Blocks up to `timeout_s` a step."""
     try:
-        context = client_context(tls)
-        with (
-            socket.create_connection((host, port), timeout_s) as plain,
-            context.wrap_socket(plain, server_hostname=host) as line,
-        ):
-            line.settimeout(timeout_s)
+        with shaken(host, port, tls, timeout_s) as line:
             line.recv(1)  # whoever is refused is told now; whoever is not is waited for
+    except NoHandshake as error:
+        return str(error)
     except TimeoutError:
         return ""
     except OSError as error:
@@ -128,6 +133,27 @@ def probe(host: str, port: int, tls: Tls, now_ms: int, timeout_s: float = PROBE_
     except CityBrainError as error:
         return str(error)
     return ""
+
+
+class NoHandshake(TimeoutError):
+    """There is a line, and nobody shakes hands on it."""
+
+
+def handshake(context: ssl.SSLContext, plain: socket.socket, host: str) -> ssl.SSLSocket:
+    """Shake hands on a connection; raises OSError, where nobody answers NoHandshake."""
+    try:
+        return context.wrap_socket(plain, server_hostname=host)
+    except TimeoutError:
+        raise NoHandshake("it takes connections, and does not answer the TLS handshake") from None
+
+
+@contextmanager
+def shaken(host: str, port: int, tls: Tls, timeout_s: float = PROBE_TIMEOUT_S) -> Iterator[ssl.SSLSocket]:
+    """Open a connection and shake hands; raises OSError, and ConfigError where our files are wrong."""
+    context = client_context(tls)
+    with socket.create_connection((host, port), timeout_s) as plain, handshake(context, plain, host) as line:
+        line.settimeout(timeout_s)
+        yield line
 
 
 def refusal(host: str, port: int, tls: Tls, now_ms: int) -> str:

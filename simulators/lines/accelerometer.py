@@ -58,9 +58,10 @@ def main() -> int:
     """Measure until the input ends."""
     parser = argparse.ArgumentParser(prog="python -m simulators.lines.accelerometer", description=__doc__)
     parser.add_argument("--rate-hz", type=float, default=1000.0)
+    parser.add_argument("--baud", type=int, default=230_400)
     args = parser.parse_args()
     sensor = Accelerometer(1, args.rate_hz, 4.0, sines(0.2, 49.0, shock_g=1.0, noise_g=0.01))
-    return serve("accelerometer", 115_200, lambda _: [sensor.frame()], SAMPLES / args.rate_hz)
+    return serve("accelerometer", args.baud, lambda _: [sensor.frame()], SAMPLES / args.rate_hz)
 
 
 if __name__ == "__main__":

@@ -269,6 +269,16 @@ def test_a_code_of_another_region_is_counted_and_makes_the_car_odd(begin: Begin)
     site.until(lambda: site.dropped("bad_payload") == 1)
 
 
+def test_payloads_of_another_region_ask_whether_the_region_is_right(begin: Begin) -> None:
+    line, site = begin("regional_93")
+
+    def asked() -> bool:
+        line.talker.say((1, 1, b"\x00" * 9))
+        return "is region regional_93 right?" in site.hosts.reasons().get("lift-1", "")
+
+    site.until(asked)
+
+
 def test_an_unplugged_adapter_and_a_silent_controller(begin: Begin) -> None:
     line, site = begin()
     site.until(lambda: site.quality("lift-1") is Quality.GOOD)

@@ -152,6 +152,34 @@ def test_a_line_over_a_serial_port_that_is_pulled_out(sites: list[Site], tmp_pat
     wire.unplug()
 
 
+def test_a_wrong_speed_is_said_soon_and_shown_on_one_line(sites: list[Site], tmp_path: Path) -> None:
+    wire = Wire(tmp_path / "ttyACM0", 9600)
+    wire.plug()
+    try:
+        sites.append(site := Site(f"port: {wire.port}\nbaud: 19200\n{COMMON}silence: 1h\n"))
+
+        def garbled() -> bool:
+            wire.write(b"\x1b[2J\x0b{}\n" + b'{"d":"probe","m":{"p":310}}\n' * 3, monotonic_s())
+            return site.hosts.qualities().get("hyd-1") is Quality.GARBLED
+
+        site.until(garbled, "garbled said")
+        assert site.hosts.reasons()["hyd-1"] == "garbled: no JSON lines; is 19200 baud right?"
+        wire.baud = 19200
+        site.until(lambda: not garbled() and site.readings, "good again")
+    finally:
+        wire.unplug()
+
+
+def test_a_port_that_somebody_listens_on_is_named(sites: list[Site], free_port: int) -> None:
+    with socket.create_server(("127.0.0.1", free_port)):
+        sites.append(site := Site(f"listen: {free_port}\n{COMMON}"))
+        said = f"unplugged: port {free_port} is used by another program"
+        site.until(lambda: site.hosts.reasons().get("hyd-1") == said, "the port's other user said")
+    with connected(free_port) as client:
+        client.sendall(b'{"d":"probe","m":{"p":310}}\n')
+        site.until(lambda: site.readings, "it is taken once it is free")
+
+
 def test_connecting_out_again_and_again(sites: list[Site]) -> None:
     port = unused_port()
     sites.append(site := Site(f"connect: 127.0.0.1:{port}\n{COMMON}"))

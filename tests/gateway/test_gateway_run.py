@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import gateway.doctor
+import gateway.ports
 from citybrain.cli import main
 from citybrain.counters import Counters
 from citybrain.errors import ConfigError
@@ -28,7 +29,7 @@ from citybrain.wire import About
 from gateway.config import read_config
 from gateway.times import BoxClock
 from tests.certificates import Authority
-from tests.conftest import eventually, unused_port
+from tests.conftest import end, eventually, unused_port
 from tests.gateway.test_gateway_service import Answering
 from tests.gateway_box import GATEWAY, Process, config_text
 
@@ -130,6 +131,15 @@ def test_two_processes_never_share_a_folder(folder: Path, platform: Answering) -
         first.stop()
 
 
+def lines_of(*places: str, device: str = "") -> str:
+    """Return a configuration with drivers `m`, `n` for lines that come from these places."""
+    names = [
+        f"  {name}: {{driver: json_lines, {place}, devices: {{a: '{device or name}'}}}}"
+        for name, place in zip("mn", places, strict=False)
+    ]
+    return config_text(1883, "\n".join(["drivers:", *names, ""]))
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -160,6 +170,33 @@ def test_two_processes_never_share_a_folder(folder: Path, platform: Answering) -
             ),
             "gateway.yaml:8 drivers.m.limits",
         ),
+        (lines_of("listen: 7000", "listen: 7000"), "yaml:9 drivers.n.listen: 7000 belongs to driver 'm' already"),
+        (
+            lines_of("port: /dev/ttyUSB7", "port: /dev/../dev/ttyUSB7"),
+            "yaml:9 drivers.n.port: /dev/ttyUSB7 belongs to driver 'm' already",
+        ),
+        (lines_of("port: ttyUSB0"), "yaml:8 drivers.m.port: 'ttyUSB0': want its path, such as /dev/serial/by-id/"),
+        (lines_of("listen: 7000", device=GATEWAY), "device 'gw-0007' belongs to the gateway itself already"),
+        (lines_of("listen: 7000", device=" "), "drivers.m: device ' ': want a name of 1 to 128 visible characters"),
+        (lines_of("listen: 7000, baud: -1"), "drivers.m: baud: expected 300 to 4000000, got -1"),
+        (lines_of("listen: 7000, silence: 0s"), "drivers.m: silence: expected 100ms to 1d"),
+        (lines_of("connect: 'host:99999'"), "drivers.m: connect: expected host:port, got 'host:99999'"),
+        (lines_of("listen: 1, metrics: {p: {metric: flow_lps, scale: .nan}}"), "drivers.m.metrics.p: scale, offset"),
+        (lines_of("lisen: 7000"), "yaml:8 drivers.m.lisen: unknown field 'lisen'; did you mean 'listen'?"),
+        (config_text(1883, "drivers:\n"), "yaml:7 drivers: Expected `object`, got `null`: nothing is written there"),
+        (
+            config_text(1883, "drivers:\n\tm: {}\n"),
+            "yaml:8: not YAML: found character '\\t' that cannot start any token; ",
+        ),
+        (
+            config_text(1883, "drivers: {1: {driver: camera}}\n"),
+            "drivers: Expected `str`, got `int` as a key: put it in",
+        ),
+        (config_text(1883).replace("200ms", "200ms, age: 1s"), "yaml:6 spool.age: expected 1h or more"),
+        (config_text(1883, host="' '"), "yaml:4 broker.host: expected the broker's name or address, got nothing"),
+        (config_text(1883) + "# \0\n", "yaml:8: not YAML: the character U+0000 may not stand in it"),
+        ("a: &a [*a]\n" + config_text(1883), "yaml:1 a: unknown field 'a'"),
+        ("a: " + 3000 * "[", "yaml:1: nested too deeply"),
     ],
 )
 def test_a_wrong_configuration_ends_with_code_3_and_says_where(tmp_path: Path, text: str | None, says: str) -> None:
@@ -172,6 +209,25 @@ def test_a_wrong_configuration_ends_with_code_3_and_says_where(tmp_path: Path, t
     assert wrong.value.exit_code == 3
     assert says in str(wrong.value)
     assert main(["gateway", "doctor", "--data", str(folder)]) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (config_text(1883).encode("utf-16"), "gateway.yaml:1: not UTF-8 (byte FF): save it as UTF-8"),
+        (config_text(1883, "# 阀门\n").encode("gbk"), "gateway.yaml:7: not UTF-8 (byte B7): save it as UTF-8"),
+    ],
+)
+def test_a_file_of_another_encoding_is_refused_with_its_line(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "gateway.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        read_config(tmp_path / "gateway.yaml")
+
+
+def test_what_an_editor_elsewhere_adds_does_no_harm(tmp_path: Path) -> None:
+    text = config_text(1883, lines_of("listen: 7000").partition("drivers:")[2].join(["drivers:", ""]))
+    (tmp_path / "gateway.yaml").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert read_config(tmp_path / "gateway.yaml").drivers[0].name == "m"
 
 
 def test_the_process_itself_ends_with_code_3(tmp_path: Path) -> None:
@@ -292,13 +348,18 @@ def cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 def test_status_says_how_it_is_in_both_languages(
     folder: Path, platform: Answering, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli(capsys, "status", "--data", str(folder)) == (4, "the gateway process does not run\n")
+    assert cli(capsys, "status", "--data", str(folder)) == (
+        4,
+        f"the gateway process does not run (data folder {folder})\n",
+    )
     box = Process(folder)
     try:
         box.wait_online()
         code, out = cli(capsys, "status", "--json", "--data", str(folder))
         told = json.loads(out)
         assert (code, told["online"], told["gateway"], told["wrong"]) == (0, True, GATEWAY, {})
+        page = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text(encoding="utf-8")
+        assert {key for key in told if f"`{key}`" not in page} == set()
         assert "online (127.0.0.1:" in cli(capsys, "status", "--data", str(folder))[1]
         monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
         assert "在线" in cli(capsys, "status", "--data", str(folder))[1]
@@ -339,8 +400,9 @@ def test_doctor_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_every_finding_of_the_doctor_has_its_words() -> None:
-    source = Path(gateway.doctor.__file__).read_text(encoding="utf-8")
+    source = "".join(Path(str(one.__file__)).read_text(encoding="utf-8") for one in (gateway.doctor, gateway.ports))
     codes = set(re.findall(r'(?:good|mind|wrong|level|\))\("([a-z_]+)"', source))
+    codes |= set(re.findall(r'return "(?:good|mind|wrong)", "([a-z_]+)"', source)) | {"driver", "device"}
     assert codes == {key.removeprefix("doctor.") for key in catalogue() if key.startswith("doctor.")}
 
 
@@ -358,3 +420,63 @@ def test_the_unit_is_what_systemd_understands(tmp_path: Path) -> None:
     assert complaints == []
     assert "Type=notify" in text
     assert "ExecStart=/opt/citybrain/venv/bin/citybrain gateway run" in text
+
+
+# --- the doctor and the ports -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An adapter as `ttyUSB1`, and udev's names for it, in a folder of their own."""
+    for kind in ("by-id", "by-path"):
+        (tmp_path / "serial" / kind).mkdir(parents=True)
+    (tmp_path / "ttyUSB1").touch()
+    named = tmp_path / "serial" / "by-id" / "usb-FTDI_A50285BI-if00-port0"
+    named.symlink_to(tmp_path / "ttyUSB1")
+    monkeypatch.setattr(gateway.ports, "SERIAL", tmp_path / "serial")
+    return named
+
+
+def test_a_name_that_changes_is_told_the_one_that_stays(tmp_path: Path, by_id: Path) -> None:
+    assert gateway.ports.look_at(tmp_path / "ttyUSB1", 0) == ("mind", "port_name", {"lasting": str(by_id)})
+    assert gateway.ports.look_at(by_id, 0) == ("good", "port", {})
+    assert gateway.ports.look_at(tmp_path / "ttyUSB0", 0) == ("wrong", "port_missing", {"there": str(by_id)})
+
+
+def test_who_else_has_a_port_is_found(tmp_path: Path) -> None:
+    port = tmp_path / "ttyS7"
+    port.touch()
+    with port.open() as held, subprocess.Popen(["sleep", "60"], stdin=held) as other:
+        try:
+            found = gateway.ports.look_at(port, os.getpid() + 1)
+            assert found[:2] == ("wrong", "port_held")
+            assert {found[2]["program"]} <= {"sleep", "pytest", "python", "python3"}
+            assert gateway.ports.look_at(port, os.getpid()) == ("good", "port", {}), "the gateway itself, its processes"
+        finally:
+            end(other)
+    assert gateway.ports.look_at(port, 0) == ("good", "port", {})
+
+
+def test_the_systems_console_is_no_port_for_sensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "consoles").write_text("ttyAMA0              -W- (EC p a)  204:64\ntty0  -WU (E  p  )    4:7\n")
+    monkeypatch.setattr(gateway.ports, "CONSOLES", tmp_path / "consoles")
+    (tmp_path / "ttyAMA0").touch()
+    (tmp_path / "serial0").symlink_to(tmp_path / "ttyAMA0")
+    assert gateway.ports.look_at(tmp_path / "serial0", 0) == ("wrong", "port_console", {})
+
+
+def test_a_folder_of_another_user_is_not_worked_in_as_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can be more than its user")
+    folder = tmp_path / "box"
+    folder.mkdir()
+    os.chown(folder, 65534, 65534)
+    for action in ("run", "renew", "commission"):
+        assert main(["gateway", action, "--data", str(folder)]) == 2
+        assert (
+            f"{folder} is nobody's, who could not read what root writes there; use: sudo -u nobody"
+            in capsys.readouterr().err
+        )
+    assert list(folder.iterdir()) == []
+    main(["gateway", "doctor", "--json", "--data", str(folder)])
+    assert '"as_root"' in capsys.readouterr().out

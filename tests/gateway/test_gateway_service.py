@@ -47,6 +47,7 @@ class Answering:
         self.statuses: list[tuple[str, Status]] = []
         self.received: list[tuple[str, Lane, int]] = []
         self.readings: list[Reading] = []  # of what was taken, in its order
+        self.by_gateway: dict[str, list[Reading]] = {}
         self.ingest: dict[tuple[str, Lane], model.Ingest] = {}
         self.answer = answer
         self._subscribed = threading.Event()
@@ -73,7 +74,9 @@ class Answering:
         sent = model.Sent(head.epoch, head.seq, head.floor, str(message.checksum))
         ingest, answer = model.take(self.ingest.get((gateway, lane), model.Ingest()), sent)
         if len(ingest.log) > len(self.ingest.get((gateway, lane), model.Ingest()).log) and lane is not Lane.BLOB:
-            self.readings += readings_of(message)
+            taken = readings_of(message)
+            self.readings += taken
+            self.by_gateway.setdefault(gateway, []).extend(taken)
         self.ingest[gateway, lane] = ingest
         if answer is not None:
             ack = encode_json(Ack(channel, answer.epoch, answer.seq))
@@ -304,6 +307,29 @@ def test_a_password_opens_the_door_and_a_wrong_one_says_so(tmp_path: Path, guard
     right = opened(tmp_path, guarded, password="secret")
     drive(right)
     right.close()
+
+
+def test_two_boxes_of_one_name_are_told_so_once(tmp_path: Path, mosquitto: int) -> None:
+    """A copied card: the broker lets in whoever came last, and ends the other's connection, again and again."""
+    one, two = opened(tmp_path / "one", mosquitto), opened(tmp_path / "two", mosquitto)
+    said = "the broker ends each connection soon: does another box, or a copy of this card, use 'gw-1'?"
+
+    def told(service: GatewayService) -> list[str]:
+        return [warning for warning in service.uplink.counters.warnings if said in warning]
+
+    def both() -> bool:
+        for service in (one, two):
+            service.poll(0.01)
+        return bool(told(one) and told(two))
+
+    eventually(both, 20, "both being told")
+    connections = one.uplink.counters.values["connections_total"]
+    eventually(lambda: both() and one.uplink.counters.values["connections_total"] > connections, 20, "another round")
+    for service in (one, two):
+        assert len(told(service)) == 1
+        warnings = service.uplink.counters.warnings
+        assert len(set(warnings)) == len(warnings), "each reason once, however often it is met"
+        service.close()
 
 
 class Silent:

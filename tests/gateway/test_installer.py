@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -86,6 +87,33 @@ def test_another_system_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
+def test_two_runs_at_once_do_not_meet(tmp_path: Path) -> None:
+    wheel = tmp_path / "citybrain_senses-0.1.0-py3-none-any.whl"
+    wheel.touch()
+    place = tmp_path / "target" / "opt" / "citybrain"
+    place.mkdir(parents=True)
+    with (place / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = install(tmp_path / "target", str(wheel))
+    assert (done.returncode, "another run of it is at work here" in done.stderr) == (1, True)
+    assert [one.name for one in place.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("unit", ["citybrain-gateway.service", "citybrain-gateway-renew.service"])
+def test_a_unit_exposes_little(tmp_path: Path, unit: str) -> None:
+    """`systemd-analyze security`: 10 is everything; what is left is the network, the host's files and the ports."""
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("systemd-analyze is not installed: apt-get install systemd")
+        pytest.skip("systemd-analyze is not installed")
+    text = (ROOT / "deploy" / "systemd" / unit).read_text().replace("/opt/citybrain/venv/bin/citybrain", sys.executable)
+    (tmp_path / unit).write_text(text)
+    command = [program, "security", "--offline=true", "--threshold=16", "--no-pager", str(tmp_path / unit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+
+
 @pytest.mark.soak
 def test_it_installs_repeats_and_leaves_what_was_there_when_it_fails(tmp_path: Path) -> None:
     """The libraries come from this environment, not from an index: what pi.lock holds is not the script's doing."""
@@ -114,9 +142,21 @@ def test_it_installs_repeats_and_leaves_what_was_there_when_it_fails(tmp_path: P
     lock, target = tmp_path / "empty.lock", tmp_path / "target"
     lock.touch()
     ours = {"LOCK": str(lock), "PYTHONPATH": site.getsitepackages()[0]}
-    done = install(target, str(wheel), "--wheels", str(tmp_path), **ours)
+    remains = target / "opt/citybrain/venv-0.0.9-1"  # of a run that was cut off
+    remains.mkdir(parents=True)
+    before = os.umask(0o077)
+    try:
+        done = install(target, str(wheel), "--wheels", str(tmp_path), **ours)
+    finally:
+        os.umask(before)
     assert done.returncode == 0, done.stderr
     assert "enrol it now" in done.stdout
+    assert not remains.exists()
+    command = target / "usr/local/bin/citybrain-gateway"
+    assert os.access(command, os.X_OK)
+    assert 'gateway "$@" --data /var/lib/citybrain' in command.read_text()
+    assert (target / "opt/citybrain/docs/gateway.md").exists(), "the unit's documentation"
+    assert (target / "opt/citybrain/venv/bin/citybrain").stat().st_mode & 0o005 == 0o005, "whatever root's umask is"
     assert (target / "var/lib/citybrain").stat().st_mode & 0o077 == 0
     program = target / "opt/citybrain/venv/bin/citybrain"
     first = (target / "opt/citybrain/venv").readlink()

@@ -88,7 +88,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing\.yaml: cannot be read"):
         load_yaml(tmp_path / "missing.yaml", Sheet)
     (tmp_path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"latin\.yaml:1: not UTF-8 \(byte E9\)"):
         load_yaml(tmp_path / "latin.yaml", Sheet)
 
 
