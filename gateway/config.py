@@ -82,9 +82,8 @@ def read_config(path: Path) -> GatewayConfig:
     if not path.exists():
         raise ConfigError(str(path), "there is none: `citybrain gateway enrol` writes it")
     config = parse_config(read_text(path), str(path))
-    return msgspec.structs.replace(
-        config, sha256=hashlib.sha256(path.read_bytes()).hexdigest()
-    )  # the file's, with its BOM
+    whole = hashlib.sha256(path.read_bytes())  # a byte order mark is not in the text, but in the file
+    return msgspec.structs.replace(config, sha256=whole.hexdigest())
 
 
 def parse_config(text: str, file: str = FILE) -> GatewayConfig:
