@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
+from api.problem import Problem
 from api.routes import (
     alarms,
     answers,
@@ -28,7 +29,7 @@ from api.routes import (
     platforms,
     readings,
 )
-from api.site import Problem, Site
+from api.site import Site
 from citybrain.errors import CityBrainError, NotFound, StorageError, Unavailable
 
 DESCRIPTION = """\

@@ -13,11 +13,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from api.app import handle_errors
-from api.command import listen
 from api.door import BOUNDS, Bounds, Door, DoorServer, fitting, open_files
 from api.enrolment import Throttle
 from api.pki.ca import Authority
 from api.routes import enrolment
+from api.server import listen
 from api.site import Site
 from citybrain.clock import HOUR_MS, real_unix_ms
 from citybrain.errors import ConfigError, Unavailable

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
 import signal
-import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -16,13 +13,14 @@ import uvicorn
 from api.app import create_app
 from api.disk import DiskWatch
 from api.readings import Latest
+from api.server import Server, listen
 from api.site import Site
 from citybrain.cli import Subcommand
 from citybrain.clock import wait_s
 from citybrain.counters import Counters
 from citybrain.db.place import add_database, layout_of
 from citybrain.db.store import open_store
-from citybrain.errors import CityBrainError, Unavailable
+from citybrain.errors import CityBrainError
 from citybrain.layout import Layout, Run
 from streams.logs import LogStore
 from streams.runtimes.stores import add_arguments, open_place
@@ -32,30 +30,6 @@ if TYPE_CHECKING:
 
 FOLLOW_S = 0.2  # how often the log is looked at for newer values
 STOP_S = 1  # what answers under way get to end in
-
-
-class Server(uvicorn.Server):
-    """uvicorn that leaves signals to us: it would raise them again when it is done, and we end with 0."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; raises Unavailable where the port is taken."""
-    taken = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        taken.bind((host, port))
-        taken.listen(128)
-    except OSError as error:
-        taken.close()
-        if error.errno == errno.EADDRINUSE:
-            what = "is taken by another program: stop that one, or start `citybrain run` with another --api-port"
-            raise Unavailable(f"api: port {port} on {host} {what}") from None
-        raise Unavailable(f"api: cannot listen on {host}:{port}: {error.strerror}") from None
-    return taken
 
 
 class Background(threading.Thread):
@@ -133,7 +107,7 @@ class BoxWatch:
         if self._boxes is None:
             if not (self._site.layout.ca / "server.pem").exists():
                 return
-            from api.boxes import Boxes  # noqa: PLC0415  it needs us, and few runs need it
+            from api.boxes import Boxes  # noqa: PLC0415  few runs need it
             from api.pki.ca import Authority  # noqa: PLC0415
 
             self._boxes = Boxes(self._site, Authority(self._site.layout))

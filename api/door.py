@@ -19,8 +19,8 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from api.command import Server
-from api.site import Problem
+from api.problem import Problem
+from api.server import Server
 from citybrain.clock import monotonic_s
 from citybrain.counters import Counters
 

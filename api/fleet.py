@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -11,16 +12,18 @@ from sqlalchemy import Connection, select
 from api.assets.coordinates import distance_m
 from api.assets.store import version_of
 from api.health import LIMITS, Ending, Late, Limits, Misplaced
-from api.readings import Seen, Value
-from api.site import Problem, Site, role_of
-from citybrain.clock import DAY_MS
-from citybrain.counters import Heartbeat
+from api.problem import Problem
+from api.processes import role_of
+from api.readings import Latest, Seen, Value
+from citybrain.clock import DAY_MS, Clock
+from citybrain.counters import Counters, Heartbeat
 from citybrain.db.schema import assets, timeline
 from citybrain.errors import CityBrainError
 from citybrain.model import Gateway, Place
 from streams.ingest import GatewayStatus
 
 if TYPE_CHECKING:
+    from api.pki.ca import Authority
     from api.pki.journal import Issued
 
 Want = Literal["offline", "certificate", "drivers", "clock", "backlog", "place"]
@@ -103,19 +106,30 @@ def wants(box: Box, now_ms: int, limits: Limits = LIMITS) -> list[Want]:
 class Fleet:
     """Looks at all boxes of a site. Sheets are read again when the ledger's version has changed, else remembered."""
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
+    def __init__(
+        self,
+        latest: Latest,
+        clock: Clock,
+        counters: Counters,
+        database: Callable[[], AbstractContextManager[Connection]],
+        authority: Callable[[], Authority | None],
+    ) -> None:
+        self._latest = latest
+        self._clock = clock
+        self._counters = counters
+        self._database = database
+        self._authority = authority
         self._sheets: tuple[int, dict[str, Commissioned]] = (0, {})
 
     def boxes(self, beats: Mapping[str, Heartbeat]) -> list[Box]:
         """Return the gateways of the registry in force, in the order of their ids."""
-        site, sheets = self._site, self.sheets()
+        latest, sheets = self._latest, self.sheets()
         statuses, issued = statuses_of(beats), self._issued()
         found = []
-        for gateway in sorted(site.latest.registry.gateways, key=lambda one: one.id):
-            own, seen = site.latest.find(gateway.id), site.latest.seen(gateway.id)
-            values = site.latest.values(own) if own is not None else {}
-            online = site.clock.now_ms() - newest_of(seen) <= LIMITS.gateway_silent_ms
+        for gateway in sorted(latest.registry.gateways, key=lambda one: one.id):
+            own, seen = latest.find(gateway.id), latest.seen(gateway.id)
+            values = latest.values(own) if own is not None else {}
+            online = self._clock.now_ms() - newest_of(seen) <= LIMITS.gateway_silent_ms
             ends = certificate_ends(values.get("certificate_days"), issued.get(gateway.id))
             status, sheet = statuses.get(gateway.id), sheets.get(gateway.id)
             found.append(Box(gateway, online, seen, status, values, ends, sheet))
@@ -123,7 +137,7 @@ class Fleet:
 
     def endings(self, now_ms: int) -> list[Ending]:
         """Return what of the authority ends when; nothing where there is none. now_ms: real time."""
-        authority = self._site.authority
+        authority = self._authority()
         if authority is None:
             return []
         from api.pki.endings import endings  # noqa: PLC0415  few runs have one
@@ -137,7 +151,7 @@ class Fleet:
     def sheets(self) -> dict[str, Commissioned]:
         """Return the last commissioning of each gateway; nothing while there is no database."""
         try:
-            with self._site.database() as db:
+            with self._database() as db:
                 version = version_of(db)
                 if version != self._sheets[0]:
                     self._sheets = version, read_sheets(db)
@@ -146,7 +160,7 @@ class Fleet:
         return self._sheets[1]
 
     def _issued(self) -> Mapping[str, Issued]:
-        authority = self._site.authority
+        authority = self._authority()
         try:
             return authority.book().latest("gateway") if authority is not None else {}
         except CityBrainError as error:
@@ -155,8 +169,8 @@ class Fleet:
 
     def _unreadable(self, error: CityBrainError) -> None:
         """Say that the authority cannot be read; whoever asks how the run does is answered without it."""
-        self._site.counters.add("errors_total", stage="boxes")
-        self._site.counters.warn(f"certificate authority: {error}")
+        self._counters.add("errors_total", stage="boxes")
+        self._counters.warn(f"certificate authority: {error}")
 
 
 _SHEETS = (

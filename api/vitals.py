@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from api.disk import Disk
 from api.fleet import endings_of, late_of, misplaced_of
 from api.health import ELSEWHERE, Stage, Vitals
-from api.site import PIPELINE, Site, in_charge, ready, role_of, standing_by
+from api.processes import PIPELINE, in_charge, ready, role_of, standing_by
+from api.site import Site
 from citybrain.counters import Heartbeat
 
 LABELLED = re.compile(r"^(?P<name>\w+)\{(?P<label>\w+)=(?P<value>.*)\}$")

@@ -21,13 +21,23 @@ from citybrain.storage import OS_FILES
 from streams.runtimes.broker import WHOLE_BROKER
 
 if TYPE_CHECKING:
-    from api.pki.ca import Authority
     from api.pki.journal import Book
 
 INGEST = "service-ingest"
 PID = "mosquitto.pid"
 UP = ("telemetry", "event", "blob", "status", "reply")
 DOWN = ("ack", "command")
+
+
+class Source(msgspec.Struct, frozen=True):
+    """What a broker's folder follows from: the authority's folder and, as text, who may use which topic.
+
+    What only a person can do is added to `notes`.
+    """
+
+    folder: Path
+    access: str
+    notes: list[str]
 
 
 class BrokerFolder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,7 +104,7 @@ def access(book: Book, now_ms: int) -> str:
     return "\n".join([*lines, ""])
 
 
-def write(authority: Authority, folder: BrokerFolder) -> None:
+def write(source: Source, folder: BrokerFolder) -> None:
     """Make the folder, or make it anew; raises ConfigError where its user is not there."""
     path = Path(folder.path)
     if folder.user:
@@ -109,29 +119,29 @@ def write(authority: Authority, folder: BrokerFolder) -> None:
     _put(path / "loopback.acl", b"topic readwrite cb/v1/#\n", folder.user)
     if folder.user and os.geteuid() == 0:
         shutil.chown(path, folder.user)
-    refresh(authority, folder)
+    refresh(source, folder)
 
 
-def refresh(authority: Authority, folder: BrokerFolder) -> bool:
-    """Bring what follows from the authority up to date, have the broker read it; return whether anything changed."""
-    path, source = Path(folder.path), authority.folder
+def refresh(source: Source, folder: BrokerFolder) -> bool:
+    """Bring a folder up to date with its source, have the broker read it; return whether anything changed."""
+    path = Path(folder.path)
     if not path.is_dir():
-        authority.notes.append(f"{path}: the broker's folder is gone; `citybrain ca broker --out {path}` makes it")
+        source.notes.append(f"{path}: the broker's folder is gone; `citybrain ca broker --out {path}` makes it")
         return False
-    files = {name: OS_FILES.read(source / name) for name in ("trust.pem", "crl.pem", "server.key", "server.pem")}
-    files["access.acl"] = access(authority.book(), authority.clock.now_ms()).encode()
+    files = {name: OS_FILES.read(source.folder / name) for name in ("trust.pem", "crl.pem", "server.key", "server.pem")}
+    files["access.acl"] = source.access.encode()
     try:
         changed = [_put(path / name, data, folder.user) for name, data in files.items()]
     except StorageError as error:
         again = f"`citybrain ca broker --out {path}` as the user it belongs to brings it up to date"
-        authority.notes.append(f"the broker's folder cannot be written: {error}; {again}")
+        source.notes.append(f"the broker's folder cannot be written: {error}; {again}")
         return False
     if any(changed):
-        _reload(authority, path)
+        _reload(path, source.notes)
     return any(changed)
 
 
-def _reload(authority: Authority, path: Path) -> None:
+def _reload(path: Path, notes: list[str]) -> None:
     """Send SIGHUP to the mosquitto that reads the folder; say what to do where that is not ours to do."""
     pid = path / PID
     try:
@@ -142,7 +152,7 @@ def _reload(authority: Authority, path: Path) -> None:
         return  # it does not run: it reads everything when it starts
     except PermissionError:
         what = "has changed, and its broker is another user's: `systemctl reload mosquitto`"
-        authority.notes.append(f"{path}: {what}")
+        notes.append(f"{path}: {what}")
 
 
 def _put(path: Path, data: bytes, user: str) -> bool:

@@ -195,7 +195,7 @@ class Authority:
         """Write a broker's folder and keep it up to date from now on; raises ConfigError."""
         with self._writing():
             self._tend()
-            broker.write(self, folder)
+            broker.write(self._source(), folder)
             setting = self.setting
             others = tuple(one for one in setting.brokers if one.path != folder.path)
             self._keep(msgspec.structs.replace(setting, brokers=(*others, folder)))
@@ -262,8 +262,12 @@ class Authority:
         """Sign, and let in again at the brokers who was shut out."""
         made = self._sign(asked, key)
         for folder in self.setting.brokers:
-            broker.refresh(self, folder)
+            broker.refresh(self._source(), folder)
         return made
+
+    def _source(self) -> broker.Source:
+        """Return what brokers' folders follow from now."""
+        return broker.Source(self.folder, broker.access(self.book(), self.clock.now_ms()), self.notes)
 
     def _tend(self) -> None:
         setting = self.setting
@@ -271,7 +275,7 @@ class Authority:
         self._tend_server(setting)
         self._tend_list()
         for folder in setting.brokers:
-            broker.refresh(self, folder)
+            broker.refresh(self._source(), folder)
 
     def _tend_server(self, setting: Setting) -> None:
         """Renew the server's certificate at two thirds of its life, or where another authority is to sign it.

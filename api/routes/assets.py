@@ -17,11 +17,12 @@ from api.assets.book import Book
 from api.assets.changes import encode_changes
 from api.assets.findings import Refused, errors
 from api.assets.importing import BESIDE, LAYERS, SHEETS, Result, Source, read_import
+from api.problem import Problem
 from api.routes import answers
 from api.routes.commands import REFUSED, Actor, Asked, Rejected, actor_of, put
 from api.routes.devices import Cursor, Limit
 from api.routes.rows import cursor_of, cursor_text, not_found
-from api.site import Here, Problem, Site
+from api.site import Here, Site
 from citybrain.errors import UsageError
 
 router = APIRouter(prefix="/v1", tags=["ledger"])

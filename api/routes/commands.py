@@ -14,9 +14,10 @@ from fastapi import APIRouter, Header
 from pydantic import BaseModel, Field
 from sqlalchemy import select
 
+from api.problem import Problem
 from api.routes import answers, rows
 from api.routes.alarms import MISSING
-from api.site import Here, Problem, Site
+from api.site import Here, Site
 from citybrain.db.schema import alarms, cases, commands, incidents
 from citybrain.mailbox import Command, Mailbox, command
 from citybrain.storage import OS_FILES

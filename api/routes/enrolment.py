@@ -19,7 +19,8 @@ from api.assets.views import registry_in_force
 from api.pki import certificates
 from api.pki.ca import Authority
 from api.pki.journal import Issued
-from api.site import Here, Problem, Site
+from api.problem import Problem
+from api.site import Here, Site
 from citybrain.errors import NotFound, TransitionError, UsageError
 from citybrain.model import Gateway
 

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field
 
+from api.problem import Problem
 from api.routes import answers
 from api.routes.commands import Actor, actor_of
-from api.site import Here, Problem, Site
+from api.site import Here, Site
 from citybrain.errors import NotFound
 from citybrain.pictures import media_type
 from citybrain.wire import blob_sha256

@@ -16,8 +16,10 @@ from sqlalchemy import Connection, func, select
 from api import vitals
 from api.disk import Disk
 from api.health import LEVELS, Reason, Stage, Vitals, judge, level_of
+from api.problem import Problem
+from api.processes import not_live, ready, role_of, standing_by
 from api.routes import answers, rows
-from api.site import Here, Problem, Site, not_live, ready, role_of, standing_by
+from api.site import Here, Site
 from api.status import run_name
 from citybrain.clock import real_unix_ms
 from citybrain.counters import BOUNDS_S, Heartbeat

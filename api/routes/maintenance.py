@@ -14,9 +14,10 @@ from pydantic import BaseModel, Field
 from sqlalchemy import ColumnElement, RowMapping, func, select
 
 from api.cases.cases import FINISHED, WITH_CONTRACTOR
+from api.problem import Problem
 from api.routes import answers, rows
 from api.routes.commands import REFUSED, Actor, Asked, Rejected, actor_of, put
-from api.site import Here, Problem, Site
+from api.site import Here, Site
 from citybrain.clock import DAY_MS
 from citybrain.db.schema import cases
 

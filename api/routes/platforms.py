@@ -15,10 +15,11 @@ from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
 from api.platforms import webhook
+from api.problem import Problem
 from api.routes import answers
 from api.routes.commands import decided, pending, store
 from api.routes.rows import not_found
-from api.site import Here, Problem, Site
+from api.site import Here, Site
 from citybrain.clock import real_unix_s
 from citybrain.db.schema import cases
 from citybrain.errors import SignatureError

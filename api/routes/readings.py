@@ -10,8 +10,9 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
+from api.problem import Problem
 from api.routes import answers
-from api.site import Here, Problem, Site
+from api.site import Here, Site
 from citybrain.clock import DAY_MS
 from citybrain.model import Device
 from citybrain.units import METRICS

@@ -11,8 +11,9 @@ import msgspec
 from sqlalchemy import ColumnElement, Connection, RowMapping, Table, and_, func, or_, select
 
 from api.platforms.events import PLACE
+from api.problem import Problem
 from api.routes import answers
-from api.site import Problem, Site
+from api.site import Site
 from citybrain.db.schema import alarms, cases, timeline
 from citybrain.errors import ConfigError
 from citybrain.i18n import catalogue

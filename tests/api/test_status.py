@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from api import vitals as vitals_of
 from api.disk import Disk, DiskWatch
 from api.health import Ending, Late, Misplaced, Reason, Stage, Vitals, judge, level_of
-from api.site import not_live, of_this_run
+from api.processes import not_live, of_this_run
 from api.status import KEYS, lines, verdict
 from citybrain.cli import language
 from citybrain.clock import RunClock

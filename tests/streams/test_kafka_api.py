@@ -13,7 +13,7 @@ import msgspec
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from api.site import claim_of, in_charge, not_live, of_this_run, role_of
+from api.processes import claim_of, in_charge, not_live, of_this_run, role_of
 from citybrain.clock import HOUR_MS, real_unix_ms, system_clock
 from citybrain.counters import Counters, Heartbeat, read_heartbeats
 from citybrain.layout import Layout, Run

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from api.site import in_force, not_live
+from api.processes import in_force, not_live
 from citybrain.clock import real_unix_ms, system_clock
 from citybrain.counters import Counters, Heartbeat, read_heartbeats, takes_of
 from citybrain.errors import EXIT_UNAVAILABLE, DiskFull, StorageError
