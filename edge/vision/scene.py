@@ -5,7 +5,8 @@ frame rates"): a *short* one that takes in within two seconds what stands still,
 belongs there. Where the present picture agrees with the short one and that does not with the long one, something was
 left. Who walks by agrees with neither. Of what was left
 - a patch that is the background, only lighter or darker, is a shadow or a lamp;
-- a patch whose outline stands out in the *long* background is a ghost: something was taken away;
+- a patch that stands out from its surroundings in the *long* background more than now is a ghost: something was taken
+  away, or passed when the background was learned;
 both go into the long background at once.
 """
 
@@ -18,7 +19,7 @@ import cv2
 import msgspec
 import numpy as np
 
-from edge.vision.frames import Field, Image, Mask, opened, slope, smooth, widened
+from edge.vision.frames import Field, Image, Mask, opened, smooth, widened
 
 Sees = Literal["garbage", "stall", "lane", "crowd"]
 METRICS: dict[Sees, str] = {"garbage": "garbage_s", "stall": "stall_s", "lane": "lane_blocked_s", "crowd": "crowd"}
@@ -29,11 +30,16 @@ SETTLE_S = 3.0
 FREE_S = 1.5  # so long it must look like the background again before it is free
 HIDDEN_S = 20.0  # so long something may be hidden by who passes in front of it
 GAP_S = 10.0  # so long a stall may be without anybody and anything moving
+STAYS_S = 4.0  # a stall is where somebody or something is for half of the time, over about so long
+HALF_S = 0.69 * STAYS_S  # until what has come is said to stay
+FIRST_FRAMES, FIRST_STEP_S = 9, 0.5  # the first background is the median of so many frames: who passes is not in it
 CROWD_S = 5.0
 OUTSIDE_S = 600.0  # where nothing is watched, what stands still belongs to the scene after so long
 ABSORB_S = 86_400.0  # in a region, after a day
 LEVELS = 20.0  # a difference that is none of noise
 TEXTURE, SAME_TEXTURE = 1.5, 0.4  # levels from which on ground has a texture to know it by, and how well it is kept
+SAME_GROUND = 0.65  # with so much of its texture it is the same ground, however the light on it varies
+AROUND = 9  # pixels: what is within is compared with what is without so far on
 SURE_S = 60.0  # what has looked the same for so long belongs there, and is nobody
 MOVED_S = 5.0
 SUDDEN = 0.6  # more of the picture than that changes at once: the light, not a thing
@@ -83,6 +89,9 @@ class Scene:
         self._at_s = 0.0
         self._paused = False
         self._sudden_s: float | None = None
+        self._stays: Field = np.zeros(shape, np.float32)  # for which share of the time it was not the background lately
+        self._first: list[Image] = []
+        self._first_s = -np.inf
         self._stalls: dict[str, tuple[float, float]] = {}  # by region, since when and when last
         self._crowds: dict[str, float] = {}
 
@@ -98,12 +107,20 @@ class Scene:
             self._at_s = at_s - self._origin_s
             self._stalls = {name: (since, last + float(waited)) for name, (since, last) in self._stalls.items()}
 
+    def prepare(self, frame: Image, at_s: float) -> None:
+        """Take in a frame before the first that is judged: the first background is what most of them show."""
+        if self.long is None and at_s - self._first_s >= FIRST_STEP_S:
+            self._first = [*self._first[1 - FIRST_FRAMES :], frame]
+            self._first_s = at_s
+
     def look(self, frame: Image, noise: float, at_s: float) -> list[Seen]:
         """Judge a frame; return what each region holds, nothing while the light changes."""
         image = frame.astype(np.float32)
         if self._origin_s is None or self._short is None:
             self._origin_s, self._short = at_s, image.copy()
-            self.long = image.copy() if self.long is None else self.long
+            if self.long is None:
+                self.long = np.median([*self._first, frame], axis=0).astype(np.float32)
+                self._first = []
         now, step_s = at_s - self._origin_s, at_s - self._origin_s - self._at_s
         self._at_s = now
         assert self.long is not None
@@ -118,6 +135,7 @@ class Scene:
         self._moved[restless] = now
         self._sure += np.where(self.foreground, np.float32(0.0), np.float32(step_s))
         self._short += (image - self._short) * np.float32(min(1.0, step_s / SHORT_S))
+        self._stays += (self.foreground - self._stays) * np.float32(min(1.0, step_s / STAYS_S))
         if self._sudden(restless, now):
             return []
         self._time(standing, restless, now)
@@ -202,7 +220,7 @@ class Scene:
 
     def _seen(self, image: Field, now: float, step_s: float) -> list[Seen]:
         self._vet(now)
-        left = self._things
+        left = self._things & self._watched
         found = []
         for name, region in self._regions.items():
             mask = self._masks[name]
@@ -212,28 +230,32 @@ class Scene:
                 case "lane":
                     found.append(self._taken(region, left & mask, mask, now))
                 case "stall":
-                    found.append(self._stall(region, self._solid(image, mask), mask, now))
+                    stays = self._solid(image, mask) & (self._stays > 0.5)
+                    found.append(self._stall(region, stays, mask, now))
                 case "crowd":
                     found.append(self._crowd(region, self._solid(image, mask), mask, step_s))
         return found
 
     def _vet(self, now: float) -> None:
         """Judge what has come to stand, each patch once and as a whole: a thing, or else part of the background."""
-        patches = np.isfinite(self._stood) & self._watched
+        patches = np.isfinite(self._stood)
         self._things &= patches
-        if not (patches & ~self._things & (self._stood <= now - SETTLE_S)).any():
+        if not (patches & self._watched & ~self._things & (self._stood <= now - SETTLE_S)).any():
             return
         assert self._short is not None
         assert self.long is not None
         count, labels = cv2.connectedComponents(widened(patches, 2).view(np.uint8))
-        old, new = slope(_levels(self.long)), slope(_levels(self._short))
         for label in range(1, count):
             whole: Mask = np.asarray(labels == label, np.bool_)
-            patch = whole & patches
+            patch = whole & patches  # also where nobody watches: the edge of a region is no outline
             fresh = patch & ~self._things
-            if fresh.sum() < 0.2 * patch.sum() or (self._stood[fresh] > now - SETTLE_S).mean() > 0.1:
+            if fresh.sum() < 0.2 * patch.sum() or not (fresh & self._watched).any():
                 continue
-            if _only_light(fresh, self._short, self.long) or _taken_away(fresh, old, new):
+            if (self._stood[fresh] > now - SETTLE_S).mean() > 0.1:
+                continue
+            if _only_light(fresh, self._short, self.long) or _taken_away(
+                fresh, self.foreground, self.long, self._short
+            ):
                 self._absorb(fresh)
             else:
                 self._things |= patch
@@ -279,10 +301,10 @@ class Scene:
         return max(0.0, now - max(min(came, since), since - SETTLE_S))
 
     def _stall(self, region: Region, there: Mask, mask: Mask, now: float) -> Seen:
-        """Return since when somebody or something has filled so much of a region, moving or not."""
+        """Return since when somebody or something has stayed in so much of a region, moving or not."""
         since, last = self._stalls.get(region.name, (now, -np.inf))
         if now - last > GAP_S:
-            since = now
+            since = max(0.0, now - HALF_S)
         if there.sum() >= region.area * mask.sum():
             last = now
             self._stalls[region.name] = since, last
@@ -317,10 +339,6 @@ def highest(seen: Sequence[Seen]) -> Mapping[str, Seen]:
     return found
 
 
-def _levels(image: Field) -> Field:
-    return smooth(np.asarray(image, np.float32).mean(axis=2), 1.0)
-
-
 def _apart(one: Field, other: Field, limit: float) -> Mask:
     """Return where two images differ by more than a limit in any colour."""
     difference = cv2.absdiff(one, other)
@@ -328,17 +346,22 @@ def _apart(one: Field, other: Field, limit: float) -> Mask:
 
 
 def _only_light(patch: Mask, new: Field, old: Field) -> bool:
-    """Return whether a patch of two images is the same in another light: one factor, no new colour, its texture."""
+    """Return whether a patch of two images is the same in another light: one factor, no new colour, its texture.
+
+    Ground that keeps most of its texture is the same ground, also where the light on it varies, as a cloud's edge does.
+    """
     ratio = (new[patch] + 5.0) / (old[patch] + 5.0)
     whole = ratio.mean(axis=1)
     low, middle, high = np.percentile(whole, (15, 50, 85))
-    colour = np.abs(ratio / whole[:, None] - 1.0).max(axis=1)
-    if not (0.4 < middle < 1.8 and high - low < 0.25 * middle and np.median(colour) < 0.06):
+    colour = float(np.median(np.abs(ratio / whole[:, None] - 1.0).max(axis=1)))
+    if not (0.3 < middle < 2.0 and colour < 0.1):
         return False
+    one_factor = 0.4 < middle < 1.8 and high - low < 0.25 * middle and colour < 0.06
     before, after = (_texture(image)[patch] for image in (old, new))
     if before.std() < TEXTURE:
-        return True
-    return bool(after.std() > 0.0 and np.corrcoef(before, after)[0, 1] > SAME_TEXTURE)
+        return bool(one_factor)
+    same = float(np.corrcoef(before, after)[0, 1]) if after.std() > 0.0 else 0.0
+    return same > (SAME_TEXTURE if one_factor else SAME_GROUND)
 
 
 def _texture(image: Field) -> Field:
@@ -346,7 +369,32 @@ def _texture(image: Field) -> Field:
     return levels - smooth(levels, 2.0)
 
 
-def _taken_away(patch: Mask, old: Field, new: Field) -> bool:
-    """Return whether a patch's outline stands out in the old picture rather than in the new one."""
-    rim = widened(patch, 2) & ~np.asarray(cv2.erode(patch.view(np.uint8), np.ones((5, 5), np.uint8))).view(np.bool_)
-    return bool(new[rim].mean() < 0.75 * old[rim].mean())
+def _taken_away(patch: Mask, foreground: Mask, old: Field, new: Field) -> bool:
+    """Return whether a patch stood out from its surroundings in the old picture more than it does in the new one.
+
+    Means of a few pixels within and without are compared along its outline, so that the ground's texture is no outline.
+    """
+    down, across = (np.flatnonzero(patch.any(axis=axis)) for axis in (1, 0))
+    rows = slice(max(0, down[0] - AROUND), down[-1] + AROUND + 1)
+    columns = slice(max(0, across[0] - AROUND), across[-1] + AROUND + 1)
+    within, near = patch[rows, columns], widened(patch, 2)[rows, columns]
+    without = ~near & ~foreground[rows, columns]
+    shares = [_mean_around(mask.astype(np.float32)) for mask in (within, without)]
+    rim = near & (shares[0] > 0.05) & (shares[1] > 0.05)
+    if not rim.any():
+        return False
+    apart = [_stands_out(image[rows, columns], within, without, shares, rim) for image in (new, old)]
+    return apart[0] < 0.8 * apart[1]
+
+
+def _stands_out(image: Field, within: Mask, without: Mask, shares: Sequence[Field], rim: Mask) -> float:
+    """Return by how many levels the inside of a patch differs from what is around it."""
+    inside, outside = (
+        _mean_around(image * mask[:, :, None])[rim] / share[rim, None]
+        for mask, share in zip((within, without), shares, strict=True)
+    )
+    return float(np.abs(inside - outside).max(axis=1).mean())
+
+
+def _mean_around(field: Field) -> Field:
+    return np.asarray(cv2.boxFilter(field, -1, (AROUND, AROUND)), np.float32)

@@ -107,6 +107,8 @@ class Watch:
             events = self._tell(self._scene.look(frame, self.picture.noise, at_s), at_s)
         else:
             self._scene.pause(at_s)
+            if not self._health.warm:
+                self._scene.prepare(frame, at_s)
         return Look(self.picture, self.picture.troubles != before, tuple(events))
 
     def _begin(self, image: Image, at_s: float) -> None:

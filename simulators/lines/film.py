@@ -240,6 +240,8 @@ class Film:
             light = np.asarray(0.9 * np.exp(-3.0 * away), np.float32)
         elif place.light == "night":
             light = 0.12 + 0.8 * self._pools * flicker
+            if any(one.what == "moved" and one.start_s <= at_s < one.end_s for one in self.script.events):
+                light = np.roll(light, (-light.shape[0] // 14, -light.shape[1] // 6), axis=(0, 1))
         else:
             level = {"noon": 1.1, "cloudy": 0.85}.get(place.light, 0.75 - 0.45 * at_s / DURATION_S)
             light = np.full(self._pools.shape, level, np.float32)
