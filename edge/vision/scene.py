@@ -19,7 +19,8 @@ import cv2
 import msgspec
 import numpy as np
 
-from edge.vision.frames import Field, Image, Mask, opened, smooth, widened
+from edge.vision.frames import Field, Image, Mask, opened, widened
+from edge.vision.patches import only_light, same_ground, taken_away
 
 Sees = Literal["garbage", "stall", "lane", "crowd"]
 METRICS: dict[Sees, str] = {"garbage": "garbage_s", "stall": "stall_s", "lane": "lane_blocked_s", "crowd": "crowd"}
@@ -37,9 +38,6 @@ CROWD_S = 5.0
 OUTSIDE_S = 600.0  # where nothing is watched, what stands still belongs to the scene after so long
 ABSORB_S = 86_400.0  # in a region, after a day
 LEVELS = 20.0  # a difference that is none of noise
-TEXTURE, SAME_TEXTURE = 1.5, 0.4  # levels from which on ground has a texture to know it by, and how well it is kept
-SAME_GROUND = 0.65  # with so much of its texture it is the same ground, however the light on it varies
-AROUND = 9  # pixels: what is within is compared with what is without so far on
 SURE_S = 60.0  # what has looked the same for so long belongs there, and is nobody
 MOVED_S = 5.0
 SUDDEN = 0.6  # more of the picture than that changes at once: the light, not a thing
@@ -81,6 +79,7 @@ class Scene:
         self._stood: Field = np.full(shape, np.inf, np.float32)  # since when it stands still besides
         self._things: Mask = np.zeros(shape, np.bool_)  # what of it was judged to be a thing
         self._kept: Field = np.full(shape, -np.inf, np.float32)  # when that was seen last
+        self._seen_s: Field = np.full(shape, -np.inf, np.float32)  # the same, but no pause moves it
         self._differed: Field = np.full(shape, -np.inf, np.float32)
         # for how long a pixel has looked like the long background, which a restart does not doubt
         self._sure: Field = np.full(shape, 0.0 if background is None else SURE_S, np.float32)
@@ -184,7 +183,7 @@ class Scene:
         self._differed[self.foreground] = now
         self._entered = np.where(self.foreground, np.minimum(self._entered, np.float32(now)), self._entered)
         self._entered[self._differed < now - FREE_S] = np.inf
-        self._kept[standing] = now
+        self._kept[standing] = self._seen_s[standing] = now
         self._stood = np.where(standing, np.minimum(self._stood, np.float32(now)), self._stood)
         free = ~self.foreground & ~restless
         self._stood[(self._kept < now - HIDDEN_S) | (free & (self._kept < now - FREE_S))] = np.inf
@@ -242,8 +241,6 @@ class Scene:
         self._things &= patches
         if not (patches & self._watched & ~self._things & (self._stood <= now - SETTLE_S)).any():
             return
-        assert self._short is not None
-        assert self.long is not None
         count, labels = cv2.connectedComponents(widened(patches, 2).view(np.uint8))
         for label in range(1, count):
             whole: Mask = np.asarray(labels == label, np.bool_)
@@ -253,12 +250,25 @@ class Scene:
                 continue
             if (self._stood[fresh] > now - SETTLE_S).mean() > 0.1:
                 continue
-            if _only_light(fresh, self._short, self.long) or _taken_away(
-                fresh, self.foreground, self.long, self._short
-            ):
-                self._absorb(fresh)
-            else:
-                self._things |= patch
+            self._judge(patch, fresh)
+
+    def _judge(self, patch: Mask, fresh: Mask) -> None:
+        """Take what is fresh of a patch for things, or into the background; a shadow is taken off a thing in it."""
+        assert self._short is not None
+        assert self.long is not None
+        lit = fresh & same_ground(fresh, self._short, self.long)
+        rest = opened(fresh & ~lit)
+        if rest.sum() < 0.1 * fresh.sum():
+            lit, rest = fresh, np.zeros_like(rest)
+        if lit.sum() > 0.1 * fresh.sum():
+            self._absorb(lit & ~widened(rest, 2))
+        if not rest.any():
+            return
+        soft = only_light(rest, self.foreground, self._short, self.long)
+        if soft or taken_away(rest, self.foreground, self.long, self._short):
+            self._absorb(rest)
+        else:
+            self._things |= patch & ~lit
 
     def _solid(self, image: Field, mask: Mask) -> Mask:
         """Return what is in a region, moving or not, without shadows and lamps that wander over it."""
@@ -269,8 +279,13 @@ class Scene:
         count, labels = cv2.connectedComponents(there.view(np.uint8))
         for label in range(1, count):
             patch: Mask = np.asarray(labels == label, np.bool_)
-            if patch.sum() >= 0.01 * mask.sum() and _only_light(patch, image, self.long):
-                there &= ~patch
+            if patch.sum() < 0.01 * mask.sum():
+                continue
+            lit = patch & same_ground(patch, image, self.long)
+            rest = patch & ~lit
+            if rest.sum() < 0.1 * patch.sum() or only_light(rest, self.foreground, image, self.long):
+                lit = patch
+            there &= ~lit
         return there
 
     def _object(self, region: Region, left: Mask, mask: Mask, now: float) -> Seen:
@@ -298,7 +313,8 @@ class Scene:
         entered = self._entered[thing & np.isfinite(self._entered)]
         since = float(np.median(stood)) if stood.size else now
         came = float(np.median(entered)) if entered.size else since
-        return max(0.0, now - max(min(came, since), since - SETTLE_S))
+        seen_s = float(np.median(self._seen_s[thing]))  # while it is hidden it may have gone
+        return max(1e-3, min(now, seen_s) - max(min(came, since), since - SETTLE_S))
 
     def _stall(self, region: Region, there: Mask, mask: Mask, now: float) -> Seen:
         """Return since when somebody or something has stayed in so much of a region, moving or not."""
@@ -343,58 +359,3 @@ def _apart(one: Field, other: Field, limit: float) -> Mask:
     """Return where two images differ by more than a limit in any colour."""
     difference = cv2.absdiff(one, other)
     return np.asarray(cv2.max(cv2.max(difference[:, :, 0], difference[:, :, 1]), difference[:, :, 2])) > limit
-
-
-def _only_light(patch: Mask, new: Field, old: Field) -> bool:
-    """Return whether a patch of two images is the same in another light: one factor, no new colour, its texture.
-
-    Ground that keeps most of its texture is the same ground, also where the light on it varies, as a cloud's edge does.
-    """
-    ratio = (new[patch] + 5.0) / (old[patch] + 5.0)
-    whole = ratio.mean(axis=1)
-    low, middle, high = np.percentile(whole, (15, 50, 85))
-    colour = float(np.median(np.abs(ratio / whole[:, None] - 1.0).max(axis=1)))
-    if not (0.3 < middle < 2.0 and colour < 0.1):
-        return False
-    one_factor = 0.4 < middle < 1.8 and high - low < 0.25 * middle and colour < 0.06
-    before, after = (_texture(image)[patch] for image in (old, new))
-    if before.std() < TEXTURE:
-        return bool(one_factor)
-    same = float(np.corrcoef(before, after)[0, 1]) if after.std() > 0.0 else 0.0
-    return same > (SAME_TEXTURE if one_factor else SAME_GROUND)
-
-
-def _texture(image: Field) -> Field:
-    levels = np.asarray(image.mean(axis=2), np.float32)
-    return levels - smooth(levels, 2.0)
-
-
-def _taken_away(patch: Mask, foreground: Mask, old: Field, new: Field) -> bool:
-    """Return whether a patch stood out from its surroundings in the old picture more than it does in the new one.
-
-    Means of a few pixels within and without are compared along its outline, so that the ground's texture is no outline.
-    """
-    down, across = (np.flatnonzero(patch.any(axis=axis)) for axis in (1, 0))
-    rows = slice(max(0, down[0] - AROUND), down[-1] + AROUND + 1)
-    columns = slice(max(0, across[0] - AROUND), across[-1] + AROUND + 1)
-    within, near = patch[rows, columns], widened(patch, 2)[rows, columns]
-    without = ~near & ~foreground[rows, columns]
-    shares = [_mean_around(mask.astype(np.float32)) for mask in (within, without)]
-    rim = near & (shares[0] > 0.05) & (shares[1] > 0.05)
-    if not rim.any():
-        return False
-    apart = [_stands_out(image[rows, columns], within, without, shares, rim) for image in (new, old)]
-    return apart[0] < 0.8 * apart[1]
-
-
-def _stands_out(image: Field, within: Mask, without: Mask, shares: Sequence[Field], rim: Mask) -> float:
-    """Return by how many levels the inside of a patch differs from what is around it."""
-    inside, outside = (
-        _mean_around(image * mask[:, :, None])[rim] / share[rim, None]
-        for mask, share in zip((within, without), shares, strict=True)
-    )
-    return float(np.abs(inside - outside).max(axis=1).mean())
-
-
-def _mean_around(field: Field) -> Field:
-    return np.asarray(cv2.boxFilter(field, -1, (AROUND, AROUND)), np.float32)

@@ -62,6 +62,7 @@ class Film:
         here = [one for one in self.script.events if one.start_s <= at_s < one.end_s]
         if any(one.what == "freeze" for one in here) and self._held is not None:
             return self._held
+        self._sway = 0.7 * self._sway + 0.5 * self.place.shake_px * self._rng.normal(0.0, 1.0, 2)
         canvas = self._canvas(at_s, here)
         self._wait(at_s, here, canvas)
         light = self._light(at_s)
@@ -104,7 +105,6 @@ class Film:
         place, sight = self.place, self.place.sight
         if place.tree is not None:
             sight = self._swayed(sight, place.tree, at_s)
-        self._sway = 0.7 * self._sway + 0.5 * place.shake_px * self._rng.normal(0.0, 1.0, 2)
         left, top = place.columns * MARGIN + self._sway[0], place.rows * MARGIN + self._sway[1]
         if any(one.what == "moved" for one in here):
             left, top = left + 0.18 * place.columns, top + 0.07 * place.rows
@@ -180,26 +180,23 @@ class Film:
         if event.what in FAULTS:
             self.due[number], self.filled[number] = True, {}
             return
-        sway = self._sway.copy()
         differs = np.abs(canvas - self._canvas(at_s, [one for one in here if one is not event])).max(axis=2)
-        self._sway = sway
         self.filled[number] = self._shares(differs > 2.0)
-        small = 320, round(320 * self.place.rows / self.place.columns)
-        shown = cv2.resize(differs * light[:, :, 0] * (self._gain or 1.0), small, interpolation=cv2.INTER_AREA)
+        shown = differs * light[:, :, 0] * (self._gain or 1.0) > SEEN_LEVELS
         region = {"garbage": "garbage", "lane": "lane"}.get(event.what, "square")
-        enough = self.filled[number][region] > 1.3 * self.script.areas[region]
-        self.due[number] = enough and int((shown > SEEN_LEVELS).sum()) >= SEEN_PIXELS
+        enough = self._shares(shown)[region] > 1.3 * self.script.areas[region]
+        self.due[number] = enough and float(shown.sum()) * (320 / self.place.columns) ** 2 >= SEEN_PIXELS
 
     def _wait(self, at_s: float, here: list[Event], canvas: Field) -> None:
         """Note what a bus that waits hides."""
         bus = next((one for one in self.script.passing if one.kind == "bus"), None)
         if bus is None or self.waited or bus.walks(at_s) or bus.place(at_s) is None:
             return
-        sway, everybody = self._sway.copy(), self.script
+        everybody = self.script
         others = tuple(one for one in everybody.passing if one is not bus)
         self.script = msgspec.structs.replace(everybody, passing=others)
         self.waited = self._shares(np.abs(canvas - self._canvas(at_s, here)).max(axis=2) > 2.0)
-        self.script, self._sway = everybody, sway
+        self.script = everybody
 
     def _shares(self, there: NDArray[np.bool_]) -> dict[str, float]:
         """Return the share of each region that a mask fills."""
