@@ -3,7 +3,7 @@
 A picture is cut into blocks. Those that have structure in the slowly renewed *reference* are compared with it:
 - a block that does not correlate with its reference looks at something else (the view moved, something hangs there);
 - one whose coarse gradients are gone is covered;
-- sharpness is fine over coarse gradients, each block against itself as usual: blur takes the fine ones, dusk takes both.
+- sharpness is fine over coarse gradients, of each block against its own: blur takes the fine ones, dusk takes both.
   Sensor noise and the squares of a codec would look fine too: the finest is left out, and what of the noise remains,
   known from the difference of frames, is taken off.
 A block in which something moves keeps its last judgement: a lorry that passes is not a moved camera. Nor is a bus that
@@ -147,13 +147,11 @@ class Health:
         columns = np.array(self._changes, np.float64)
         now, usual = float(np.median(columns[:, 1])), self.normal.change
         self._calm_s += at_s - self._changes[-2][0]
-        if usual is None or self._calm_s < MOST_REPEATED_S or columns[:, 2].max() > LIVING / 2:
+        quiet = usual is not None and self._calm_s >= MOST_REPEATED_S and LEAST_CHANGE < usual > now / QUIET
+        if usual is None or not quiet or np.median(columns[:, 2]) > LIVING / 2:
             self.normal.change = now if usual is None else min(usual, now)
             return False
-        if usual > LEAST_CHANGE and now < QUIET * usual:
-            return True
-        self.normal.change = min(usual, now)
-        return False
+        return bool(columns[:, 2].max() <= LIVING / 2)
 
     def _noise_now(self, changed: float) -> float:
         """Return the sensor's noise: the least that changed lately, since wind and a cloud change the picture too."""

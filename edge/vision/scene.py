@@ -79,6 +79,7 @@ class Scene:
         self._stood: Field = np.full(shape, np.inf, np.float32)  # since when it stands still besides
         self._things: Mask = np.zeros(shape, np.bool_)  # what of it was judged to be a thing
         self._kept: Field = np.full(shape, -np.inf, np.float32)  # when that was seen last
+        self._shown: Field = np.zeros((*shape, 3), np.float32)  # how it looked then
         self._seen_s: Field = np.full(shape, -np.inf, np.float32)  # the same, but no pause moves it
         self._differed: Field = np.full(shape, -np.inf, np.float32)
         # for how long a pixel has looked like the long background, which a restart does not doubt
@@ -183,10 +184,24 @@ class Scene:
         self._differed[self.foreground] = now
         self._entered = np.where(self.foreground, np.minimum(self._entered, np.float32(now)), self._entered)
         self._entered[self._differed < now - FREE_S] = np.inf
+        self._replace(standing & (self._seen_s < now - FREE_S) & np.isfinite(self._stood), now)
         self._kept[standing] = self._seen_s[standing] = now
+        fresh = standing & ~np.isfinite(self._stood)
+        if fresh.any() or (standing & (self._stood > now - SETTLE_S)).any():
+            fresh |= standing & (self._stood > now - SETTLE_S)
+            assert self._short is not None
+            self._shown[fresh] = self._short[fresh]
         self._stood = np.where(standing, np.minimum(self._stood, np.float32(now)), self._stood)
         free = ~self.foreground & ~restless
         self._stood[(self._kept < now - HIDDEN_S) | (free & (self._kept < now - FREE_S))] = np.inf
+
+    def _replace(self, again: Mask, now: float) -> None:
+        """Begin anew where something else stands than stood there before it was hidden."""
+        assert self._short is not None
+        if again.any():
+            other = again & _apart(self._short, self._shown, 2.0 * LEVELS)
+            self._stood[other] = self._entered[other] = now
+            self._things &= ~other
 
     def _renew(self, image: Field, gain: float, now: float, step_s: float) -> None:
         """Let the long background follow the light, and take in what has stood for long enough."""

@@ -12,8 +12,8 @@ from simulators.lines.places import Corners, Place
 from simulators.lines.video import What
 
 DURATION_S = 120.0
-DWELL_S = {"garbage": 8.0, "lane": 25.0, "stall": 30.0}
-LASTS_S = {"garbage": 20.0, "lane": 36.0, "stall": 42.0, "crowd": 25.0}
+DWELL_S = {"garbage": 8.0, "lane": 30.0, "stall": 30.0}
+LASTS_S = {"garbage": 20.0, "lane": 42.0, "stall": 42.0, "crowd": 25.0}
 CALM_S = 20.0  # nothing is planted before
 FAULT_S, FAULT_LASTS_S = 96.0, 9.0
 SWITCH_S = 80.0  # about when a camera goes over to infrared
