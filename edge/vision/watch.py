@@ -11,6 +11,7 @@ from edge.vision import masks
 from edge.vision.frames import Image, Mask, analysed_size, grey, shrink
 from edge.vision.health import Health, Picture
 from edge.vision.learned import Learned
+from edge.vision.persons import may_be_somebody, persons
 from edge.vision.scene import METRICS, Region, Scene, Seen, highest
 
 REPEAT_S = 30.0  # what lasts is told that often, as docs/faults.md has it
@@ -148,16 +149,19 @@ class Watch:
     def evidence(self, seen: Seen) -> tuple[bytes, bytes]:
         """Return (masked, unmasked) JPEGs of what a region holds: its background beside the present picture.
 
-        What moves, moved in the last seconds or does not belong there is made coarse, except a thing that was left.
+        What moves, moved in the last seconds, does not belong there or looks like a person is made coarse, except a
+        thing that was left and looks like none.
         """
         assert self._image is not None
         assert self._scene is not None
         assert self._scene.long is not None
         region = self._watched[seen.region].region
-        hidden = self._scene.passing()
-        if region.sees == "garbage" and seen.thing is not None:
+        hidden, found = self._scene.passing(), persons(self._image, self._size)
+        if region.sees == "garbage" and seen.thing is not None and not may_be_somebody(seen.thing, found):
             hidden &= ~seen.thing
-        before = masks.hide(masks.panel(self._scene.long), self._scene.unsure())
+        hidden |= found
+        background = masks.panel(self._scene.long)
+        before = masks.hide(background, self._scene.unsure() | persons(background, self._size))
         after = masks.hide(masks.panel(self._image), hidden)
         both = masks.side_by_side(before, masks.outline(after, region.polygon, seen.thing))
         return masks.jpeg(both), masks.jpeg(self._image, 1 << 20)
@@ -167,5 +171,5 @@ class Watch:
         if self._image is None or self._scene is None:
             return None
         whole: Mask = np.ones((self._size[1], self._size[0]), np.bool_)
-        hidden = self._scene.passing() if self._sound else whole
+        hidden = self._scene.passing() | persons(self._image, self._size) if self._sound else whole
         return masks.jpeg(masks.hide(masks.panel(self._image), hidden))
