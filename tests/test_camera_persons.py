@@ -45,7 +45,7 @@ def test_who_stands_still_in_a_garbage_region_for_the_dwell_is_masked_in_the_evi
         assert shown is not None
         plain = cv2.resize(cv2.cvtColor(last, cv2.COLOR_BGR2GRAY), (640, shown.shape[0]), interpolation=cv2.INTER_AREA)
         head = persons(last, (640, shown.shape[0])) & (np.arange(shown.shape[0])[:, None] < 0.5 * shown.shape[0])
-        one, other = (fine(picture)[head] for picture in (shown[:, 640:], plain))
+        one, other = (fine(np.asarray(half, np.uint8))[head] for half in (shown[:, 640:], plain))
         assert np.corrcoef(one, other)[0, 1] < 0.3, "nothing of what a face is known by is left"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import cv2
 import msgspec
 import numpy as np
 
@@ -75,7 +76,7 @@ class Telling:
 
 
 class Watch:
-    """One camera, given its frames (BGR, any size, all of one shape) in their order with monotonic times."""
+    """One camera, given its frames (BGR or grey, any size) in their order with monotonic times."""
 
     def __init__(self, watched: Sequence[Watched], width: int, learned: Learned | None = None) -> None:
         self._watched = {one.region.name: one for one in watched}
@@ -84,15 +85,19 @@ class Watch:
         self._health = Health()
         self._scene: Scene | None = None
         self._size = (0, 0)
-        self._shape: tuple[int, ...] = ()
         self._telling: dict[str, Telling] = {}
         self._image: Image | None = None
         self._sound = False  # the picture is one, so that it can be said who is in it
         self.picture: Picture | None = None
 
     def look(self, image: Image, at_s: float) -> Look:
-        """Judge the next frame. A frame of another shape begins anew: it is another picture."""
-        if image.shape != self._shape:
+        """Judge the next frame (BGR or grey).
+
+        A stream that goes over to another size goes on where its sides keep their ratio, for it is scaled anyway; else
+        it is another picture, and all begins anew.
+        """
+        image = image if image.ndim == 3 else np.asarray(cv2.cvtColor(image, cv2.COLOR_GRAY2BGR), np.uint8)
+        if analysed_size(self._width, image.shape[0], image.shape[1]) != self._size:
             self._begin(image, at_s)
         assert self._scene is not None
         frame = shrink(image, self._size)
@@ -113,7 +118,6 @@ class Watch:
         return Look(self.picture, self.picture.troubles != before, tuple(events))
 
     def _begin(self, image: Image, at_s: float) -> None:
-        self._shape = image.shape
         self._size = analysed_size(self._width, image.shape[0], image.shape[1])
         learned = self._learned
         if learned is not None and learned.reference.shape != (self._size[1], self._size[0]):
