@@ -11,7 +11,7 @@ import numpy as np
 from edge.vision.frames import Field, Mask, opened, slope, smooth, widened
 
 TEXTURE, SAME_TEXTURE = 1.5, 0.4  # levels from which on ground has a texture to know it by, and how well it is kept
-SHARP = 0.1  # a pixel: an edge takes more of a difference than that at once
+SHARP = 0.15  # a pixel: an edge takes more of a difference than that at once
 AROUND = 9  # pixels: what is within is compared with what is without so far on
 
 
@@ -50,7 +50,7 @@ def _is_soft(patch: Mask, foreground: Mask, new: Field, old: Field) -> bool:
     if outline is None:
         return True
     rows, columns, within, without, rim = outline
-    steep = [slope(smooth(image[rows, columns].mean(axis=2), 1.0))[rim & ~within].mean() for image in (new, old)]
+    steep = [_steepest(image[rows, columns])[rim].mean() for image in (new, old)]
     return bool(steep[0] - steep[1] < SHARP * _stands_out(new[rows, columns], within, without, rim))
 
 
@@ -90,6 +90,11 @@ def _stands_out(image: Field, within: Mask, without: Mask, rim: Mask) -> float:
         for mask in (within, without)
     )
     return float(np.abs(inside - outside).max(axis=1).mean())
+
+
+def _steepest(image: Field) -> Field:
+    """Return the steepest slope within two pixels of each."""
+    return np.asarray(cv2.dilate(slope(smooth(image.mean(axis=2), 1.0)), np.ones((5, 5), np.uint8)), np.float32)
 
 
 def _share(mask: Mask) -> Field:
