@@ -81,7 +81,11 @@ def test_a_carton_at_a_random_place_and_time_is_told_at_its_dwell(name: str, see
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     ("what", "trouble"),
-    [("covered", Trouble.BLURRED), ("blurred", Trouble.BLURRED), ("frozen", Trouble.FROZEN)],
+    [
+        pytest.param("covered", Trouble.BLURRED, marks=pytest.mark.soak),
+        pytest.param("blurred", Trouble.BLURRED, marks=pytest.mark.soak),
+        ("frozen", Trouble.FROZEN),
+    ],
 )
 @pytest.mark.parametrize("name", [CARS, WORKER])
 def test_a_fault_at_a_random_time_is_found_within_two_seconds_and_over_within_three(
