@@ -14,6 +14,7 @@ Mask = NDArray[np.bool_]
 
 BLOCKS = (16, 10)  # columns, rows: a person at the usual mounting height is about one block wide
 MEAN_TO_SIGMA = 1.128  # the mean of |a - b| of two normal values is 1.128 of their deviation
+SQRT2 = 1.4142
 
 
 def analysed_size(width: int, rows: int, columns: int) -> tuple[int, int]:
@@ -51,9 +52,13 @@ def slope(field: Field) -> Field:
     return np.asarray(cv2.magnitude(across, down), np.float32)
 
 
-def noise_of(difference: Image) -> float:
-    """Return the sensor's noise in levels from the difference of two frames; what moves does not count."""
-    return float(np.median(by_block(difference))) / MEAN_TO_SIGMA
+def noise_of(difference: Field) -> float:
+    """Return the sensor's noise in levels from the (signed) difference of two frames.
+
+    Neighbours are compared, so that neither the light nor a lamp that flickers counts, and what moves does not either.
+    """
+    apart = cv2.absdiff(difference[:, 1:], difference[:, :-1])
+    return float(np.median(by_block(np.asarray(apart, np.float32)))) / (MEAN_TO_SIGMA * SQRT2)
 
 
 def opened(mask: Mask, pixels: int = 3) -> Mask:

@@ -9,7 +9,7 @@ import numpy as np
 from edge.vision.frames import Field, Image
 from edge.vision.health import Normal
 
-VERSION = 1
+VERSION = 2
 
 
 class Learned(msgspec.Struct, frozen=True):

@@ -5,7 +5,8 @@ frame rates"): a *short* one that takes in within two seconds what stands still,
 belongs there. Where the present picture agrees with the short one and that does not with the long one, something was
 left. Who walks by agrees with neither. Of what was left
 - a patch that is the background, only lighter or darker, is a shadow or a lamp;
-- a patch whose outline stands out in the *long* background is a ghost: something was taken away;
+- a patch that stands out from its surroundings in the *long* background more than now is a ghost: something was taken
+  away, or passed when the background was learned;
 both go into the long background at once.
 """
 
@@ -18,7 +19,8 @@ import cv2
 import msgspec
 import numpy as np
 
-from edge.vision.frames import Field, Image, Mask, opened, slope, smooth, widened
+from edge.vision.frames import Field, Image, Mask, opened, widened
+from edge.vision.patches import only_light, same_ground, taken_away
 
 Sees = Literal["garbage", "stall", "lane", "crowd"]
 METRICS: dict[Sees, str] = {"garbage": "garbage_s", "stall": "stall_s", "lane": "lane_blocked_s", "crowd": "crowd"}
@@ -29,11 +31,13 @@ SETTLE_S = 3.0
 FREE_S = 1.5  # so long it must look like the background again before it is free
 HIDDEN_S = 20.0  # so long something may be hidden by who passes in front of it
 GAP_S = 10.0  # so long a stall may be without anybody and anything moving
+STAYS_S = 4.0  # a stall is where somebody or something is for half of the time, over about so long
+HALF_S = 0.69 * STAYS_S  # until what has come is said to stay
+FIRST_FRAMES, FIRST_STEP_S = 9, 0.5  # the first background is the median of so many frames: who passes is not in it
 CROWD_S = 5.0
 OUTSIDE_S = 600.0  # where nothing is watched, what stands still belongs to the scene after so long
 ABSORB_S = 86_400.0  # in a region, after a day
 LEVELS = 20.0  # a difference that is none of noise
-TEXTURE, SAME_TEXTURE = 1.5, 0.4  # levels from which on ground has a texture to know it by, and how well it is kept
 SURE_S = 60.0  # what has looked the same for so long belongs there, and is nobody
 MOVED_S = 5.0
 SUDDEN = 0.6  # more of the picture than that changes at once: the light, not a thing
@@ -75,6 +79,8 @@ class Scene:
         self._stood: Field = np.full(shape, np.inf, np.float32)  # since when it stands still besides
         self._things: Mask = np.zeros(shape, np.bool_)  # what of it was judged to be a thing
         self._kept: Field = np.full(shape, -np.inf, np.float32)  # when that was seen last
+        self._shown: Field = np.zeros((*shape, 3), np.float32)  # how it looked then
+        self._seen_s: Field = np.full(shape, -np.inf, np.float32)  # the same, but no pause moves it
         self._differed: Field = np.full(shape, -np.inf, np.float32)
         # for how long a pixel has looked like the long background, which a restart does not doubt
         self._sure: Field = np.full(shape, 0.0 if background is None else SURE_S, np.float32)
@@ -83,6 +89,9 @@ class Scene:
         self._at_s = 0.0
         self._paused = False
         self._sudden_s: float | None = None
+        self._stays: Field = np.zeros(shape, np.float32)  # for which share of the time it was not the background lately
+        self._first: list[Image] = []
+        self._first_s = -np.inf
         self._stalls: dict[str, tuple[float, float]] = {}  # by region, since when and when last
         self._crowds: dict[str, float] = {}
 
@@ -98,12 +107,20 @@ class Scene:
             self._at_s = at_s - self._origin_s
             self._stalls = {name: (since, last + float(waited)) for name, (since, last) in self._stalls.items()}
 
+    def prepare(self, frame: Image, at_s: float) -> None:
+        """Take in a frame before the first that is judged: the first background is what most of them show."""
+        if self.long is None and at_s - self._first_s >= FIRST_STEP_S:
+            self._first = [*self._first[1 - FIRST_FRAMES :], frame]
+            self._first_s = at_s
+
     def look(self, frame: Image, noise: float, at_s: float) -> list[Seen]:
         """Judge a frame; return what each region holds, nothing while the light changes."""
         image = frame.astype(np.float32)
         if self._origin_s is None or self._short is None:
             self._origin_s, self._short = at_s, image.copy()
-            self.long = image.copy() if self.long is None else self.long
+            if self.long is None:
+                self.long = np.median([*self._first, frame], axis=0).astype(np.float32)
+                self._first = []
         now, step_s = at_s - self._origin_s, at_s - self._origin_s - self._at_s
         self._at_s = now
         assert self.long is not None
@@ -118,6 +135,7 @@ class Scene:
         self._moved[restless] = now
         self._sure += np.where(self.foreground, np.float32(0.0), np.float32(step_s))
         self._short += (image - self._short) * np.float32(min(1.0, step_s / SHORT_S))
+        self._stays += (self.foreground - self._stays) * np.float32(min(1.0, step_s / STAYS_S))
         if self._sudden(restless, now):
             return []
         self._time(standing, restless, now)
@@ -166,10 +184,24 @@ class Scene:
         self._differed[self.foreground] = now
         self._entered = np.where(self.foreground, np.minimum(self._entered, np.float32(now)), self._entered)
         self._entered[self._differed < now - FREE_S] = np.inf
-        self._kept[standing] = now
+        self._replace(standing & (self._seen_s < now - FREE_S) & np.isfinite(self._stood), now)
+        self._kept[standing] = self._seen_s[standing] = now
+        fresh = standing & ~np.isfinite(self._stood)
+        if fresh.any() or (standing & (self._stood > now - SETTLE_S)).any():
+            fresh |= standing & (self._stood > now - SETTLE_S)
+            assert self._short is not None
+            self._shown[fresh] = self._short[fresh]
         self._stood = np.where(standing, np.minimum(self._stood, np.float32(now)), self._stood)
         free = ~self.foreground & ~restless
         self._stood[(self._kept < now - HIDDEN_S) | (free & (self._kept < now - FREE_S))] = np.inf
+
+    def _replace(self, again: Mask, now: float) -> None:
+        """Begin anew where something else stands than stood there before it was hidden."""
+        assert self._short is not None
+        if again.any():
+            other = again & _apart(self._short, self._shown, 2.0 * LEVELS)
+            self._stood[other] = self._entered[other] = now
+            self._things &= ~other
 
     def _renew(self, image: Field, gain: float, now: float, step_s: float) -> None:
         """Let the long background follow the light, and take in what has stood for long enough."""
@@ -202,7 +234,7 @@ class Scene:
 
     def _seen(self, image: Field, now: float, step_s: float) -> list[Seen]:
         self._vet(now)
-        left = self._things
+        left = self._things & self._watched
         found = []
         for name, region in self._regions.items():
             mask = self._masks[name]
@@ -212,31 +244,46 @@ class Scene:
                 case "lane":
                     found.append(self._taken(region, left & mask, mask, now))
                 case "stall":
-                    found.append(self._stall(region, self._solid(image, mask), mask, now))
+                    stays = self._solid(image, mask) & (self._stays > 0.5)
+                    found.append(self._stall(region, stays, mask, now))
                 case "crowd":
                     found.append(self._crowd(region, self._solid(image, mask), mask, step_s))
         return found
 
     def _vet(self, now: float) -> None:
         """Judge what has come to stand, each patch once and as a whole: a thing, or else part of the background."""
-        patches = np.isfinite(self._stood) & self._watched
+        patches = np.isfinite(self._stood)
         self._things &= patches
-        if not (patches & ~self._things & (self._stood <= now - SETTLE_S)).any():
+        if not (patches & self._watched & ~self._things & (self._stood <= now - SETTLE_S)).any():
             return
-        assert self._short is not None
-        assert self.long is not None
         count, labels = cv2.connectedComponents(widened(patches, 2).view(np.uint8))
-        old, new = slope(_levels(self.long)), slope(_levels(self._short))
         for label in range(1, count):
             whole: Mask = np.asarray(labels == label, np.bool_)
-            patch = whole & patches
+            patch = whole & patches  # also where nobody watches: the edge of a region is no outline
             fresh = patch & ~self._things
-            if fresh.sum() < 0.2 * patch.sum() or (self._stood[fresh] > now - SETTLE_S).mean() > 0.1:
+            if fresh.sum() < 0.2 * patch.sum() or not (fresh & self._watched).any():
                 continue
-            if _only_light(fresh, self._short, self.long) or _taken_away(fresh, old, new):
-                self._absorb(fresh)
-            else:
-                self._things |= patch
+            if (self._stood[fresh] > now - SETTLE_S).mean() > 0.1:
+                continue
+            self._judge(patch, fresh)
+
+    def _judge(self, patch: Mask, fresh: Mask) -> None:
+        """Take what is fresh of a patch for things, or into the background; a shadow is taken off a thing in it."""
+        assert self._short is not None
+        assert self.long is not None
+        lit = fresh & same_ground(fresh, self._short, self.long)
+        rest = opened(fresh & ~lit)
+        if rest.sum() < 0.1 * fresh.sum():
+            lit, rest = fresh, np.zeros_like(rest)
+        if lit.sum() > 0.1 * fresh.sum():
+            self._absorb(lit & ~widened(rest, 2))
+        if not rest.any():
+            return
+        soft = only_light(rest, self.foreground, self._short, self.long)
+        if soft or taken_away(rest, self.foreground, self.long, self._short):
+            self._absorb(rest)
+        else:
+            self._things |= patch & ~lit
 
     def _solid(self, image: Field, mask: Mask) -> Mask:
         """Return what is in a region, moving or not, without shadows and lamps that wander over it."""
@@ -247,8 +294,13 @@ class Scene:
         count, labels = cv2.connectedComponents(there.view(np.uint8))
         for label in range(1, count):
             patch: Mask = np.asarray(labels == label, np.bool_)
-            if patch.sum() >= 0.01 * mask.sum() and _only_light(patch, image, self.long):
-                there &= ~patch
+            if patch.sum() < 0.01 * mask.sum():
+                continue
+            lit = patch & same_ground(patch, image, self.long)
+            rest = patch & ~lit
+            if rest.sum() < 0.1 * patch.sum() or only_light(rest, self.foreground, image, self.long):
+                lit = patch
+            there &= ~lit
         return there
 
     def _object(self, region: Region, left: Mask, mask: Mask, now: float) -> Seen:
@@ -276,13 +328,14 @@ class Scene:
         entered = self._entered[thing & np.isfinite(self._entered)]
         since = float(np.median(stood)) if stood.size else now
         came = float(np.median(entered)) if entered.size else since
-        return max(0.0, now - max(min(came, since), since - SETTLE_S))
+        seen_s = float(np.median(self._seen_s[thing]))  # while it is hidden it may have gone
+        return max(1e-3, min(now, seen_s) - max(min(came, since), since - SETTLE_S))
 
     def _stall(self, region: Region, there: Mask, mask: Mask, now: float) -> Seen:
-        """Return since when somebody or something has filled so much of a region, moving or not."""
+        """Return since when somebody or something has stayed in so much of a region, moving or not."""
         since, last = self._stalls.get(region.name, (now, -np.inf))
         if now - last > GAP_S:
-            since = now
+            since = max(0.0, now - HALF_S)
         if there.sum() >= region.area * mask.sum():
             last = now
             self._stalls[region.name] = since, last
@@ -317,36 +370,7 @@ def highest(seen: Sequence[Seen]) -> Mapping[str, Seen]:
     return found
 
 
-def _levels(image: Field) -> Field:
-    return smooth(np.asarray(image, np.float32).mean(axis=2), 1.0)
-
-
 def _apart(one: Field, other: Field, limit: float) -> Mask:
     """Return where two images differ by more than a limit in any colour."""
     difference = cv2.absdiff(one, other)
     return np.asarray(cv2.max(cv2.max(difference[:, :, 0], difference[:, :, 1]), difference[:, :, 2])) > limit
-
-
-def _only_light(patch: Mask, new: Field, old: Field) -> bool:
-    """Return whether a patch of two images is the same in another light: one factor, no new colour, its texture."""
-    ratio = (new[patch] + 5.0) / (old[patch] + 5.0)
-    whole = ratio.mean(axis=1)
-    low, middle, high = np.percentile(whole, (15, 50, 85))
-    colour = np.abs(ratio / whole[:, None] - 1.0).max(axis=1)
-    if not (0.4 < middle < 1.8 and high - low < 0.25 * middle and np.median(colour) < 0.06):
-        return False
-    before, after = (_texture(image)[patch] for image in (old, new))
-    if before.std() < TEXTURE:
-        return True
-    return bool(after.std() > 0.0 and np.corrcoef(before, after)[0, 1] > SAME_TEXTURE)
-
-
-def _texture(image: Field) -> Field:
-    levels = np.asarray(image.mean(axis=2), np.float32)
-    return levels - smooth(levels, 2.0)
-
-
-def _taken_away(patch: Mask, old: Field, new: Field) -> bool:
-    """Return whether a patch's outline stands out in the old picture rather than in the new one."""
-    rim = widened(patch, 2) & ~np.asarray(cv2.erode(patch.view(np.uint8), np.ones((5, 5), np.uint8))).view(np.bool_)
-    return bool(new[rim].mean() < 0.75 * old[rim].mean())

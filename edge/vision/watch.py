@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import cv2
 import msgspec
 import numpy as np
 
@@ -11,6 +12,7 @@ from edge.vision import masks
 from edge.vision.frames import Image, Mask, analysed_size, grey, shrink
 from edge.vision.health import Health, Picture
 from edge.vision.learned import Learned
+from edge.vision.persons import may_be_somebody, persons
 from edge.vision.scene import METRICS, Region, Scene, Seen, highest
 
 REPEAT_S = 30.0  # what lasts is told that often, as docs/faults.md has it
@@ -74,7 +76,7 @@ class Telling:
 
 
 class Watch:
-    """One camera, given its frames (BGR, any size, all of one shape) in their order with monotonic times."""
+    """One camera, given its frames (BGR or grey, any size) in their order with monotonic times."""
 
     def __init__(self, watched: Sequence[Watched], width: int, learned: Learned | None = None) -> None:
         self._watched = {one.region.name: one for one in watched}
@@ -83,15 +85,19 @@ class Watch:
         self._health = Health()
         self._scene: Scene | None = None
         self._size = (0, 0)
-        self._shape: tuple[int, ...] = ()
         self._telling: dict[str, Telling] = {}
         self._image: Image | None = None
         self._sound = False  # the picture is one, so that it can be said who is in it
         self.picture: Picture | None = None
 
     def look(self, image: Image, at_s: float) -> Look:
-        """Judge the next frame. A frame of another shape begins anew: it is another picture."""
-        if image.shape != self._shape:
+        """Judge the next frame (BGR or grey).
+
+        A stream that goes over to another size goes on where its sides keep their ratio, for it is scaled anyway; else
+        it is another picture, and all begins anew.
+        """
+        image = image if image.ndim == 3 else np.asarray(cv2.cvtColor(image, cv2.COLOR_GRAY2BGR), np.uint8)
+        if analysed_size(self._width, image.shape[0], image.shape[1]) != self._size:
             self._begin(image, at_s)
         assert self._scene is not None
         frame = shrink(image, self._size)
@@ -107,10 +113,11 @@ class Watch:
             events = self._tell(self._scene.look(frame, self.picture.noise, at_s), at_s)
         else:
             self._scene.pause(at_s)
+            if not self._health.warm:
+                self._scene.prepare(frame, at_s)
         return Look(self.picture, self.picture.troubles != before, tuple(events))
 
     def _begin(self, image: Image, at_s: float) -> None:
-        self._shape = image.shape
         self._size = analysed_size(self._width, image.shape[0], image.shape[1])
         learned = self._learned
         if learned is not None and learned.reference.shape != (self._size[1], self._size[0]):
@@ -146,16 +153,19 @@ class Watch:
     def evidence(self, seen: Seen) -> tuple[bytes, bytes]:
         """Return (masked, unmasked) JPEGs of what a region holds: its background beside the present picture.
 
-        What moves, moved in the last seconds or does not belong there is made coarse, except a thing that was left.
+        What moves, moved in the last seconds, does not belong there or looks like a person is made coarse, except a
+        thing that was left and looks like none.
         """
         assert self._image is not None
         assert self._scene is not None
         assert self._scene.long is not None
         region = self._watched[seen.region].region
-        hidden = self._scene.passing()
-        if region.sees == "garbage" and seen.thing is not None:
+        hidden, found = self._scene.passing(), persons(self._image, self._size)
+        if region.sees == "garbage" and seen.thing is not None and not may_be_somebody(seen.thing, found):
             hidden &= ~seen.thing
-        before = masks.hide(masks.panel(self._scene.long), self._scene.unsure())
+        hidden |= found
+        background = masks.panel(self._scene.long)
+        before = masks.hide(background, self._scene.unsure() | persons(background, self._size))
         after = masks.hide(masks.panel(self._image), hidden)
         both = masks.side_by_side(before, masks.outline(after, region.polygon, seen.thing))
         return masks.jpeg(both), masks.jpeg(self._image, 1 << 20)
@@ -165,5 +175,5 @@ class Watch:
         if self._image is None or self._scene is None:
             return None
         whole: Mask = np.ones((self._size[1], self._size[0]), np.bool_)
-        hidden = self._scene.passing() if self._sound else whole
+        hidden = self._scene.passing() | persons(self._image, self._size) if self._sound else whole
         return masks.jpeg(masks.hide(masks.panel(self._image), hidden))

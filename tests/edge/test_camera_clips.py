@@ -13,7 +13,7 @@ import pytest
 from edge.vision.frames import Image
 from edge.vision.health import Trouble
 from edge.vision.scene import Region
-from edge.vision.watch import Look, Watch, Watched
+from edge.vision.watch import Event, Look, Watch, Watched
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "camera_video"  # beside the project; absent: skipped
 CARS, WORKER = "car-detection.mp4", "worker-zone-detection.gif"
@@ -57,9 +57,20 @@ def watch() -> Watch:
     return Watch([Watched(region, 30.0 if region.sees == "stall" else DWELL_S) for region in regions], 320)
 
 
-def looks(name: str, change: Callable[[float, Image], Image], until_s: float = 50.0) -> list[tuple[float, Look]]:
-    watching = watch()
-    return [(at_s, watching.look(change(at_s, image), at_s)) for at_s, image in to_and_fro(name, until_s)]
+def looks(
+    name: str,
+    change: Callable[[float, Image], Image],
+    until_s: float = 50.0,
+    begun: Callable[[Watch, Event], object] | None = None,
+) -> list[tuple[float, Look]]:
+    """Return (time, look) of a clip that is changed; begun: called with each event of which evidence is due."""
+    watching, found = watch(), []
+    for at_s, image in to_and_fro(name, until_s):
+        found.append((at_s, watching.look(change(at_s, image), at_s)))
+        for event in found[-1][1].events:
+            if begun is not None and event.seen is not None:
+                begun(watching, event)
+    return found
 
 
 def while_planted(change: Callable[[Image], Image]) -> Callable[[float, Image], Image]:

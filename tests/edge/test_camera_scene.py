@@ -74,6 +74,17 @@ def test_what_passes_is_nothing_left(what: str) -> None:
     assert {event.metric for _, event in found} == {"garbage_s", "lane_blocked_s"}, "0 at the start, and no more"
 
 
+def test_who_stands_there_when_it_begins_is_no_background_and_no_thing_when_gone() -> None:
+    found = told(Street(3, [Planted("lane", 0.0, 1.5), Planted("garbage", 0.0, 1.5)]), watch("garbage", "lane"), 24.0)
+    assert begun(found, "garbage_s") == begun(found, "lane_blocked_s") == []
+
+
+def test_people_who_pass_one_after_the_other_are_no_stall() -> None:
+    passing = [Planted("lorry", start_s, start_s + 2.5) for start_s in np.arange(8.0, 50.0, 6.0)]
+    found = told(Street(2, passing), watch("stall", dwell_s=20.0), 52.0)
+    assert begun(found, "stall_s") == []
+
+
 def test_a_shadow_that_wanders_over_a_square_is_no_crowd() -> None:
     found = told(Street(2, [Planted("shadow", 8.0)]), watch("crowd", "stall"), 36.0)
     assert begun(found, "crowd") == begun(found, "stall_s") == []
