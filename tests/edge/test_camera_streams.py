@@ -15,8 +15,8 @@ from edge.vision.frames import Image
 from edge.vision.health import Trouble
 from edge.vision.watch import Event, Watch
 from simulators.lines.video import Planted, Street
-from tests.test_camera_driver import CAMERA, Site, clip
-from tests.test_camera_scene import DWELL_S, begun, over, watch
+from tests.edge.test_camera_driver import CAMERA, Site, clip
+from tests.edge.test_camera_scene import DWELL_S, begun, over, watch
 
 BAG_S, GONE_S, BLUR_S, CLEAR_S, ENDS_S = 8.0, 20.0, 26.0, 32.0, 36.0
 PLANTED = (Planted("garbage", BAG_S, GONE_S), Planted("walker", 10.0, 13.0), Planted("blur", BLUR_S, CLEAR_S))

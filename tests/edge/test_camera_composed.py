@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edge.vision.frames import Image
 from edge.vision.health import Trouble
-from tests.test_camera_clips import CARS, DWELL_S, WORKER, frames, looks
+from tests.edge.test_camera_clips import CARS, DWELL_S, WORKER, frames, looks
 
 SEEDS = (1, pytest.param(2, marks=pytest.mark.soak), pytest.param(3, marks=pytest.mark.soak))
 LASTS_S = {"left": 18.0, "covered": 8.0, "blurred": 8.0, "frozen": 8.0}

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edge.vision.frames import Image, Mask
 from edge.vision.persons import may_be_somebody, persons
 from edge.vision.watch import Event, Watch
-from tests.test_camera_clips import CARS, WORKER, frames, looks
+from tests.edge.test_camera_clips import CARS, WORKER, frames, looks
 
 SIZE = (320, 180)
 
