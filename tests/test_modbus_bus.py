@@ -32,7 +32,7 @@ class Time:
     def mono_s(self) -> float:
         return self.now_s
 
-    def put(self, _lane: Lane, reading: Reading) -> None:
+    def put(self, _lane: Lane, reading: Reading, *, own_time: bool = False) -> None:
         self.given.setdefault(reading.device, []).append(self.now_s)
 
     def blob(self, _content: bytes, *, unmasked: bool = False) -> str:
