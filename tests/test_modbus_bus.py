@@ -69,6 +69,9 @@ class Wire:
     def close(self) -> None:
         pass
 
+    def unused(self) -> list[tuple[str, str]]:
+        return []
+
     def ask(self, unit_id: int, _block: Block) -> bytes | Trouble:
         from_s, to_s = self._dead.get(unit_id, (0.0, 0.0))
         if from_s <= self._time.now_s < to_s:
