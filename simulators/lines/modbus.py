@@ -131,7 +131,7 @@ class RtuBus:
         response.dev_id = unit_id + (slave.fault == "foreign")
         gap_s = 0.00175 if self.wire.baud > 19_200 else 3.5 * 11 / self.wire.baud
         begin_s = heard_s + self.wire.time_s(len(data)) + gap_s
-        begin_s = slave.busy_s = max(begin_s, slave.busy_s) + slave.late_s if slave.late_s else begin_s
+        begin_s = slave.busy_s = max(begin_s, slave.busy_s) + slave.late_s
         heapq.heappush(self._due, (begin_s, self._spoilt(self._framer.buildFrame(response), slave.fault)))
 
     def _spoilt(self, frame: bytes, fault: Fault) -> bytes:
