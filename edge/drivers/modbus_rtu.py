@@ -50,6 +50,7 @@ SILENCE_S = 0.05  # a frame that stops so long is over: USB adapters hold bytes 
 HELD_BACK_S = 0.02
 MOST_CHATTER_S = 0.3  # of what nobody was asked for: the longest frame at 9,600 baud
 MOST_LOAD = 0.9
+MOST_TRIES = 3  # of a poll: a garbled answer, and a wider read that is refused
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -183,31 +184,29 @@ class SerialLine:
 
     def ask(self, unit_id: int, block: Block) -> bytes | Trouble:
         """Read a block; once more where the answer is garbled and there is time for it within the time-out."""
-        asked = self._unanswered.distinct(unit_id, block, monotonic_s())
-        if asked is None:  # nothing that can be asked now, and nothing new that is known
-            return self._troubles[unit_id]
-        found = self._read_block(unit_id, asked)
-        refused = isinstance(found, Trouble) and found.quality is Quality.REFUSED
-        if refused and asked is not block and self._unanswered.distinct(unit_id, block, monotonic_s()) is block:
-            found = self._read_block(unit_id, block)  # it has no more registers
-        return found if isinstance(found, Trouble) else found[: block.size]
+        begun_s, until_s = monotonic_s(), float("inf")
+        for _ in range(MOST_TRIES):
+            asked = self._unanswered.distinct(unit_id, block, monotonic_s())
+            if asked is None:  # nothing that can be asked now, and nothing new that is known
+                return self._troubles[unit_id]
+            found, until_s = self._read_block(unit_id, asked, until_s)
+            if not isinstance(found, Trouble):
+                return found[: block.size]
+            garbled = found.quality is Quality.GARBLED and monotonic_s() - begun_s < self._config.timeout / 2000
+            wider_refused = found.quality is Quality.REFUSED and asked is not block  # it has no more registers
+            if not (garbled or wider_refused):
+                break
+        return found
 
-    def _read_block(self, unit_id: int, block: Block) -> bytes | Trouble:
+    def _read_block(self, unit_id: int, block: Block, no_later_s: float) -> tuple[bytes | Trouble, float]:
+        """Ask once; return what came, and when the wait for it would have ended."""
         fd = self._fd()
         wait_until_s(self._free_s)
         sent_s = self._send(fd, unit_id, block)
         answer_s = (ANSWER_BYTES + block.size) * self._config.char_s
-        until_s = sent_s + REQUEST_BYTES * self._config.char_s + self._unanswered.timeout_s(unit_id) + answer_s
-        found = self._listen(fd, unit_id, block, until_s)
-        again = isinstance(found, Trouble) and found.quality is Quality.GARBLED
-        if again and monotonic_s() - sent_s < self._config.timeout / 2000:
-            wait_until_s(self._free_s)
-            self._send(fd, unit_id, block)
-            found = self._listen(fd, unit_id, block, until_s)
-            found = self._note(unit_id, block, found, sent_s)
-            self._unanswered.timed_out(unit_id, block, sent_s)  # asked twice: the other answer may come, too
-            return found
-        return self._note(unit_id, block, found, sent_s)
+        wait_s = REQUEST_BYTES * self._config.char_s + self._unanswered.timeout_s(unit_id) + answer_s
+        until_s = min(sent_s + wait_s, no_later_s)
+        return self._note(unit_id, block, self._listen(fd, unit_id, block, until_s), sent_s), until_s
 
     def _note(self, unit_id: int, block: Block, found: bytes | Trouble, sent_s: float) -> bytes | Trouble:
         """Remember whether an answer may still come; return what was found."""
@@ -290,9 +289,9 @@ class SerialLine:
             return heard
         for start, frame in frames(heard):
             refused = bool(frame[1] & 0x80)
-            if refused and frame[0] == asked:
-                continue
-            if self._unanswered.take(frame[0], frame[1] & 0x7F, None if refused else frame[2]):
+            if refused and frame[0] == asked:  # first things first: what is behind it counts for nothing
+                return heard[: start + len(frame)]
+            if self._unanswered.take(frame[0], frame[1] & 0x7F, None if refused else frame[2], monotonic_s()):
                 what = f"unit {frame[0]} answers later than {self._config.timeout} ms: raise `timeout`"
                 self._unused.append(("late_answer", what))
                 return self._without_late(heard[:start] + heard[start + len(frame) :], asked)

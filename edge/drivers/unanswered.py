@@ -13,16 +13,16 @@ import msgspec
 from edge.drivers.registers import HIGHEST_ADDRESS, MOST_BITS, MOST_REGISTERS, Block
 
 MOST_MORE = 2  # registers (bytes of bits) that are read along
-FORGET = 10  # time-outs after which an answer does not come any more, for each question that waits its turn
+FORGET = 8  # time-outs after which an answer does not come any more, for each question that waits its turn
 PATIENCE, MOST_PATIENCE = 1.5, 2.0  # how much longer a unit is waited for that answers late
 
 
 class Question(msgspec.Struct, frozen=True):
-    """What was asked, when (monotonic), and how many time-outs were waited for it."""
+    """What was asked, since when it can be answered (monotonic), and how many time-outs were waited for it."""
 
     function: int
     size: int
-    at_s: float
+    since_s: float
     patience: float
 
 
@@ -62,7 +62,7 @@ class Unanswered:
         Some units keep questions and answer them one after the other: all are given up together.
         """
         there = self._open.get(unit_id)
-        if there and now_s - there[-1].at_s >= FORGET * self._timeout_s * len(there):
+        if there and now_s - there[-1].since_s >= FORGET * self._timeout_s * len(there):
             self._patience.pop(unit_id, None)
             self._hopeless.discard(unit_id)
             del self._open[unit_id]
@@ -93,7 +93,7 @@ class Unanswered:
             self.timed_out(unit_id, block, at_s)
         return bool(were_open)
 
-    def take(self, unit_id: int, function: int, size: int | None) -> bool:
+    def take(self, unit_id: int, function: int, size: int | None, now_s: float) -> bool:
         """Return whether a frame can be the late answer of an open question, which is open no more then.
 
         size: None for a refusal. The unit is waited for longer from now on, unless twice as long was too short.
@@ -102,7 +102,8 @@ class Unanswered:
         found = next((one for one in there if one.function == function and size in (None, one.size)), None)
         if found is None:
             return False
-        self._keep(unit_id, there[there.index(found) + 1 :])  # it answers in order
+        behind = there[there.index(found) + 1 :]  # it answers in order, and has begun with the next one now
+        self._keep(unit_id, [msgspec.structs.replace(one, since_s=max(one.since_s, now_s)) for one in behind])
         hopeless = found.patience >= MOST_PATIENCE
         self._patience[unit_id] = 1.0 if hopeless else self._longer(unit_id, found)
         if hopeless:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import itertools
 import json
 import random
 import socket
@@ -45,6 +46,7 @@ class Slave:
         self.late_s = 0.0  # how long it thinks before it answers; questions meanwhile wait for their turn
         self.busy_s = 0.0  # until when it does
         self.asked: list[float] = []  # when, on the monotonic clock
+        self.told: list[float] = []
 
     def answer(self, request: ModbusPDU) -> ModbusPDU:
         """Return the response to a request that was understood."""
@@ -74,7 +76,8 @@ class RtuBus:
     ) -> None:
         self.wire = Wire(port, baud)
         self.echo = echo
-        self._due: list[tuple[float, bytes]] = []  # answers, by when they begin
+        self._due: list[tuple[float, int, int, bytes]] = []  # answers: when they begin, in which order, whose
+        self._order = itertools.count()
         self.slaves = {slave.unit_id: slave for slave in slaves}
         self._framer = FramerRTU(DecodePDU(True))
         self._stop = threading.Event()
@@ -111,8 +114,9 @@ class RtuBus:
                 if data:
                     self._take(data, monotonic_s())
                 while self._due and self._due[0][0] <= monotonic_s() + AHEAD_S and self.wire.plugged:
-                    begin_s, frame = heapq.heappop(self._due)
+                    begin_s, _, unit_id, frame = heapq.heappop(self._due)
                     self.wire.write(frame, begin_s)
+                    self.slaves[unit_id].told.append(monotonic_s())
             if not data:
                 wait_s(0)
 
@@ -132,7 +136,8 @@ class RtuBus:
         gap_s = 0.00175 if self.wire.baud > 19_200 else 3.5 * 11 / self.wire.baud
         begin_s = heard_s + self.wire.time_s(len(data)) + gap_s
         begin_s = slave.busy_s = max(begin_s, slave.busy_s) + slave.late_s
-        heapq.heappush(self._due, (begin_s, self._spoilt(self._framer.buildFrame(response), slave.fault)))
+        told = self._spoilt(self._framer.buildFrame(response), slave.fault)
+        heapq.heappush(self._due, (begin_s, next(self._order), unit_id, told))
 
     def _spoilt(self, frame: bytes, fault: Fault) -> bytes:
         noise = self._random.randbytes(len(frame))
