@@ -329,6 +329,7 @@ def test_the_process_holds_telemetry_sends_events_and_dates_what_it_held(
         eventually(lambda: values(platform, "hyd-1", "pressure_mpa"), 20, "the held reading")
         say(port, '{"d":"h1","m":{"pressure_mpa":0.32}}', '{"d":"h2","m":{"pressure_mpa":0.06}}')
         eventually(lambda: len(values(platform, "hyd-2", "pressure_mpa")) == 2, 20, "what came after")
+        eventually(lambda: len(values(platform, GATEWAY, "uptime_s")) >= 2, 20, "its own readings")
         assert box.stop() == 0
     finally:
         end(box.process)
@@ -339,6 +340,8 @@ def test_the_process_holds_telemetry_sends_events_and_dates_what_it_held(
     assert [code for code, _ in values(platform, "hyd-2", "local_alarm")] in ([], [0.0]), "10 min have not passed"
     assert "clock set" in box.said()
     assert [quality for quality, _ in values(platform, GATEWAY, "quality")][:1] == [7.0]
+    own = [at_ms for _, at_ms in values(platform, GATEWAY, "uptime_s")]
+    assert all(before_ms - 500 <= before < after for before, after in pairwise(own)), "true, and in order"
 
 
 def test_a_clean_stop_while_it_holds_loses_nothing(folder: Path, port: int, platform: Answering) -> None:
