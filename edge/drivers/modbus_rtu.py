@@ -38,7 +38,7 @@ from edge.drivers.modbus import (
     plan,
     refusal,
 )
-from edge.drivers.registers import FUNCTIONS, Block, RegisterMap
+from edge.drivers.registers import Block, RegisterMap
 from edge.drivers.unanswered import Unanswered
 from edge.serial_port import open_port
 
@@ -113,7 +113,7 @@ def frames(data: bytes) -> Iterator[tuple[int, bytes]]:
     while start <= len(data) - ANSWER_BYTES:
         size = ANSWER_BYTES + (0 if data[start + 1] & 0x80 else data[start + 2])
         frame = data[start : start + size]
-        if data[start + 1] & 0x7F in FUNCTIONS.values() and len(frame) == size and intact(frame):
+        if 1 <= data[start + 1] & 0x7F <= 4 and len(frame) == size and intact(frame):
             yield start, frame
             start += size
         else:
@@ -125,19 +125,20 @@ def understand(data: bytes, unit_id: int, block: Block) -> Heard:
 
     A frame of another station does not end the wait.
     """
-    verdict = Heard(Trouble(Quality.GARBLED, f"{len(data)} bytes are no answer: {data[:16].hex(' ')}"), whole=False)
+    foreign: Heard | None = None
     for _, frame in frames(data):
         if frame[1] & 0x7F != block.function:
             continue
         if frame[0] != unit_id:
-            verdict = Heard(Trouble(Quality.FOREIGN, f"unit {frame[0]} answers for unit {unit_id}"), whole=False)
+            foreign = Heard(Trouble(Quality.FOREIGN, f"unit {frame[0]} answers for unit {unit_id}"), whole=False)
         elif frame[1] & 0x80:
             return Heard(refusal(block.function, block.address, frame[2]), whole=True)
         elif frame[2] != block.size:
             return Heard(Trouble(Quality.GARBLED, f"{frame[2]} bytes of data instead of {block.size}"), whole=True)
         else:
             return Heard(frame[3:-2], whole=True)
-    return verdict
+    what = f"{len(data)} bytes are no answer: {data[:16].hex(' ')}"
+    return foreign or Heard(Trouble(Quality.GARBLED, what), whole=False)
 
 
 def intact(frame: bytes) -> bool:
@@ -202,11 +203,12 @@ class SerialLine:
         """Ask once; return what came, and when the wait for it would have ended."""
         fd = self._fd()
         wait_until_s(self._free_s)
-        sent_s = self._send(fd, unit_id, block)
+        request = self._request(unit_id, block)
+        sent_s = self._send(fd, request)
         answer_s = (ANSWER_BYTES + block.size) * self._config.char_s
         wait_s = REQUEST_BYTES * self._config.char_s + self._unanswered.timeout_s(unit_id) + answer_s
         until_s = min(sent_s + wait_s, no_later_s)
-        return self._note(unit_id, block, self._listen(fd, unit_id, block, until_s), sent_s), until_s
+        return self._note(unit_id, block, self._listen(fd, unit_id, block, request, until_s), sent_s), until_s
 
     def _note(self, unit_id: int, block: Block, found: bytes | Trouble, sent_s: float) -> bytes | Trouble:
         """Remember whether an answer may still come; return what was found."""
@@ -239,13 +241,14 @@ class SerialLine:
             self._requests[key] = self._framer.buildFrame(request)
         return self._requests[key]
 
-    def _send(self, fd: int, unit_id: int, block: Block) -> float:
+    def _send(self, fd: int, request: bytes) -> float:
         """Write the request, once the line is silent and what was heard meanwhile is out of the way; return when."""
         heard, until_s = b"", monotonic_s() + MOST_CHATTER_S
         while select.select([fd], [], [], HELD_BACK_S if heard else 0)[0] and monotonic_s() < until_s:
             heard += self._read(fd)
-        self._without_late(heard)
-        os.write(fd, self._request(unit_id, block))
+        if heard:
+            self._without_late(heard)
+        os.write(fd, request)
         return monotonic_s()
 
     def _read(self, fd: int) -> bytes:
@@ -254,7 +257,7 @@ class SerialLine:
             raise OSError(f"{self._config.port} is gone")
         return data
 
-    def _listen(self, fd: int, unit_id: int, block: Block, until_s: float) -> bytes | Trouble:
+    def _listen(self, fd: int, unit_id: int, block: Block, request: bytes, until_s: float) -> bytes | Trouble:
         heard = b""
         told: bytes | Trouble | None = None
         while True:
@@ -264,7 +267,7 @@ class SerialLine:
             if left_s <= 0 or not select.select([fd], [], [], left_s)[0]:
                 self._free_s = monotonic_s() + self._config.gap_s
                 return self._nothing(unit_id) if told is None else told
-            heard = self._without_echo(heard + self._read(fd), self._request(unit_id, block))
+            heard = self._without_echo(heard + self._read(fd), request)
             heard = self._without_late(heard, unit_id)
             self._free_s = monotonic_s() + self._config.gap_s
             verdict = understand(heard, unit_id, block) if heard else None

@@ -48,6 +48,8 @@ class Unanswered:
 
     def distinct(self, unit_id: int, block: Block, now_s: float) -> Block | None:
         """Return what to ask so that no late answer can be taken for its answer; None where there is nothing now."""
+        if unit_id not in self._open:
+            return block
         self._forget(unit_id, now_s)
         shapes = {(one.function, one.size) for one in self._open.get(unit_id, ())}
         for more in range(MOST_MORE + 1):
