@@ -39,7 +39,7 @@ class Counting(Host):
     def mono_s(self) -> float:
         return self.t_s
 
-    def put(self, lane: Lane, reading: Reading) -> None:
+    def put(self, lane: Lane, reading: Reading, *, own_time: bool = False) -> None:
         self.values[lane] += len(reading.values)
 
     def blob(self, content: bytes, *, unmasked: bool = False) -> str:

@@ -7,6 +7,7 @@ Everything else is given the time. Simulated time and real time never meet: all 
 from __future__ import annotations
 
 import datetime
+import struct
 import threading
 import time
 from typing import Protocol
@@ -17,6 +18,9 @@ SECOND_MS = 1000
 MINUTE_MS = 60 * SECOND_MS
 HOUR_MS = 60 * MINUTE_MS
 DAY_MS = 24 * HOUR_MS
+TIMEX = struct.Struct("@I3l")  # of `struct timex` (adjtimex(2)): modes, offset, freq, maxerror
+TIMEX_BYTES = 512  # more than it has anywhere
+UNKNOWN_US = 16_000_000  # the kernel's maxerror where nothing keeps its clock
 
 
 class Clock(Protocol):
@@ -65,6 +69,20 @@ def system_clock() -> RunClock:
 def real_unix_ms() -> int:
     """Return the system's wall clock in ms."""
     return time.time_ns() // 1_000_000
+
+
+def synchronised() -> bool:
+    """Return whether something (NTP, PTP) keeps the system's clock right, as the kernel says; True where it cannot say.
+
+    maxerror is what systemd looks at too: STA_UNSYNC may be set for another reason (src/basic/time-util.c).
+    """
+    import ctypes  # noqa: PLC0415  only a box that doubts its clock asks, and a Pi's memory is small
+
+    adjtimex = getattr(ctypes.CDLL(None), "adjtimex", None)
+    told = ctypes.create_string_buffer(TIMEX_BYTES)
+    if adjtimex is None or adjtimex(told) < 0:
+        return True
+    return int(TIMEX.unpack_from(told)[3]) < UNKNOWN_US
 
 
 def real_unix_s() -> int:

@@ -23,6 +23,7 @@ from citybrain.model import Lane, Reading
 from edge.driver import Quality, Request
 from edge.drivers import DRIVERS
 from edge.mailbox import Alive, Answer, Blob, Dropped, Failed, Mailbox, Put, Said, Upward, blob_name
+from edge.steps import ahead_ms
 
 SIGN_OF_LIFE_S = 0.25  # at most that often, a call that says nothing is told
 IMPORT_S = 60.0  # numpy and OpenCV from a slow card
@@ -68,11 +69,6 @@ def receive(pipe: IO[bytes], kind: Any) -> Any:
     head = pipe.read(4)
     payload = pipe.read(int.from_bytes(head, "big")) if len(head) == 4 else b""
     return msgspec.msgpack.decode(payload, type=kind) if payload else None
-
-
-def ahead_ms(clock: Clock) -> int:
-    """Return by how much a clock is ahead of the monotonic one."""
-    return clock.now_ms() - round(monotonic_s() * 1000)
 
 
 # --- the gateway's end ---
@@ -173,8 +169,8 @@ class PipeHost:
             self.send(Alive(0.0))
         return now_s
 
-    def put(self, lane: Lane, reading: Reading) -> None:
-        self.send(Put(lane, reading))
+    def put(self, lane: Lane, reading: Reading, *, own_time: bool = False) -> None:
+        self.send(Put(lane, reading, own_time))
 
     def blob(self, content: bytes, *, unmasked: bool = False) -> str:
         self.send(Blob(content, unmasked))

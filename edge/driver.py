@@ -46,8 +46,11 @@ class Host(Protocol):
     def mono_s(self) -> float:
         """Return seconds that no step of the clock moves."""
 
-    def put(self, lane: Lane, reading: Reading) -> None:
-        """Hand over a reading; never blocks for the network. What was not measured is left out, never 0."""
+    def put(self, lane: Lane, reading: Reading, *, own_time: bool = False) -> None:
+        """Hand over a reading; never blocks for the network. What was not measured is left out, never 0.
+
+        own_time: its time is the device's own, and no step of our clock concerns it.
+        """
 
     def blob(self, content: bytes, *, unmasked: bool = False) -> str:
         """Hand over evidence (a JPEG) for the blob lane; return its SHA-256 in hex, which the event names.

@@ -20,18 +20,18 @@ from citybrain.clock import Clock, monotonic_s, wait_s
 from citybrain.counters import Counters
 from citybrain.errors import CityBrainError, ConfigError
 from citybrain.model import Lane, Reading
-from edge.child import Asked, Child, Clocked, Stop, ahead_ms
+from edge.child import Asked, Child, Clocked, Stop
 from edge.driver import Quality, Request
 from edge.drivers import DRIVERS
 from edge.latest import Latest
 from edge.limits import Limit, Limits
 from edge.mailbox import Answer, Blob, Dropped, Mailbox, MailboxHost, Put, Said, Upward
 from edge.report import Report, Reporter
+from edge.steps import Steps
 
 FIRST_RETRY_S, MOST_RETRY_S = 1.0, 60.0
 HEALTHY_S = 60.0  # a driver that ran that long begins with the first back-off again
 MOST_ABANDONED = 3
-CLOCK_STEP_MS = 20  # of the gateway's time against the monotonic clock, told to processes
 QUALITY_HEARTBEAT_MS = 600_000  # where the driver has no heartbeat of its own
 LINE_EVERY_S = 10.0  # a device that comes and goes has a log line at most that often
 SAMPLE_EVERY_S = 60.0  # of what is dropped for one reason, one is shown that often
@@ -133,6 +133,7 @@ class Supervised:
         self.whys: dict[str, str] = {}  # by device, what was said with it
         self.shown: dict[str, tuple[Quality, float]] = {}  # by device, what its last log line said, and when
         self.sampled: dict[str, float] = {}  # by reason, when what was dropped was shown last
+        self.own_time: set[str] = set()  # devices that said last when they measured
         self.doubted: set[str] = set()  # devices that are distrusted because the driver failed
 
     def take(self) -> list[Upward]:
@@ -161,7 +162,7 @@ class Hosts:
         self._clock = clock
         self._jitter = random.Random()
         self._abandoned: list[Run] = []
-        self._told_ahead_ms = 0
+        self._steps = Steps(clock)
         self._blobs: list[tuple[str, Blob]] = []
         self._answers: list[Answer] = []
         self._by_device: dict[str, str] = {}
@@ -181,6 +182,7 @@ class Hosts:
     def poll(self, now_ms: int) -> list[tuple[Lane, Reading]]:
         """Look after the drivers; return what they have said, of one device in its order, as it is to be told."""
         found: list[tuple[Lane, Reading]] = []
+        self._follow_clock()
         for one in self._drivers.values():
             for message in one.take():
                 self._take(one, message, now_ms, found)
@@ -188,7 +190,6 @@ class Hosts:
         for one in self._drivers.values():
             self._tell_qualities(one, now_ms, found)
             self._log_changes(one)
-        self._tell_time()
         return found
 
     def blobs(self) -> list[tuple[str, Blob]]:
@@ -203,7 +204,7 @@ class Hosts:
 
     def _take(self, one: Supervised, message: Upward, now_ms: int, found: list[tuple[Lane, Reading]]) -> None:
         if isinstance(message, Put):
-            self._put(one, message.lane, message.reading, now_ms, found)
+            self._put(one, message.lane, self._dated(one, message), now_ms, found)
         elif isinstance(message, Said):
             one.doubted.discard(message.device)
             self._say(one, message.device, message.quality, message.why, now_ms, found)
@@ -240,6 +241,13 @@ class Hosts:
         self._counters.add("unchanged_total", len(reading.values) - (len(told.values) if told else 0))
         if told is not None:
             found.append((lane, told))
+
+    def _dated(self, one: Supervised, message: Put) -> Reading:
+        if message.own_time:
+            one.own_time.add(message.reading.device)
+            return message.reading
+        one.own_time.discard(message.reading.device)
+        return self._steps.under_way(message.reading)
 
     # --- how far devices can be trusted ---
 
@@ -328,13 +336,18 @@ class Hosts:
             if run.gone():
                 self._abandoned.remove(run)
 
-    def _tell_time(self) -> None:
-        ahead = ahead_ms(self._clock)
-        if abs(ahead - self._told_ahead_ms) > CLOCK_STEP_MS:
-            self._told_ahead_ms = ahead
-            for one in self._drivers.values():
-                if one.run is not None and one.run.child is not None:
-                    one.run.child.tell(Clocked(ahead))
+    def _follow_clock(self) -> None:
+        """Where the clock was moved, tell the processes, and let nothing last longer or shorter for it."""
+        moved_ms = self._steps.look()
+        if not moved_ms:
+            return
+        for one in self._drivers.values():
+            if one.run is not None and one.run.child is not None:
+                one.run.child.tell(Clocked(self._steps.ahead_ms))
+            if one.limits is not None:
+                one.limits.moved(moved_ms, one.own_time)
+            if one.reporter is not None:
+                one.reporter.moved(moved_ms, one.own_time)
 
     # --- from outside ---
 

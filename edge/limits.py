@@ -5,7 +5,7 @@ The event is `local_alarm` with the limit's code; 0 says that the device is with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from math import isfinite
 
 import msgspec
@@ -63,6 +63,13 @@ class Limits:
         self._since: dict[tuple[int, str], int] = {}
         self._active: dict[str, list[int]] = {}  # codes by device, the latest last
         self._told: dict[str, int] = {}
+
+    def moved(self, by_ms: int, own_time: Container[str] = ()) -> None:
+        """The clock was moved: no limit has been passed for longer, or less long, because of it.
+
+        own_time: devices whose time is their own.
+        """
+        self._since = {key: at + by_ms * (key[1] not in own_time) for key, at in self._since.items()}
 
     def judge(self, reading: Reading) -> Reading | None:
         """Return the event that a reading makes, at its own time; None where nothing changed.

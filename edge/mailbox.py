@@ -20,10 +20,11 @@ MOST_BLOB_BYTES = 8 << 20
 
 
 class Put(msgspec.Struct, frozen=True, tag=True):
-    """A reading."""
+    """A reading; own_time: the device said when, not we."""
 
     lane: Lane
     reading: Reading
+    own_time: bool = False
 
 
 class Blob(msgspec.Struct, frozen=True, tag=True):
@@ -183,8 +184,8 @@ class MailboxHost:
         self._mailbox.alive_until_s = now_s = monotonic_s()
         return now_s
 
-    def put(self, lane: Lane, reading: Reading) -> None:
-        self._mailbox.take(Put(lane, reading))
+    def put(self, lane: Lane, reading: Reading, *, own_time: bool = False) -> None:
+        self._mailbox.take(Put(lane, reading, own_time))
 
     def blob(self, content: bytes, *, unmasked: bool = False) -> str:
         self._mailbox.take(Blob(content, unmasked))

@@ -6,6 +6,7 @@ left out is nothing but a repetition, counted `unchanged_total`.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from math import isfinite
 
 import msgspec
@@ -41,6 +42,10 @@ class Reporter:
     def __init__(self, report: Report) -> None:
         self._report = report
         self._told: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def moved(self, by_ms: int, own_time: Container[str] = ()) -> None:
+        """The clock was moved: a heartbeat is as long as before. own_time: devices whose time is their own."""
+        self._told = {key: (value, at + by_ms * (key[0] not in own_time)) for key, (value, at) in self._told.items()}
 
     def filter(self, reading: Reading) -> Reading | None:
         """Return what of a reading is to be told, with its own time; None where that is nothing.

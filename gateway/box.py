@@ -23,6 +23,7 @@ from citybrain.wire import About
 from edge.agent import Agent
 from edge.mailbox import Blob
 from gateway.config import GatewayConfig
+from gateway.held import Held
 from gateway.journal import JournalCounters
 from gateway.lines import Lines
 from gateway.orders import Orders
@@ -103,7 +104,8 @@ class Box:
         vitals = Vitals(self.config.gateway, self.spool, self.clock, self.counters, certificate)
         self.service.tell(self._about)
         linger_ms = min(self.config.spool.commit_every, SECOND_MS)
-        self._agent = Agent([self.lines, vitals], self._sink, BATCH, linger_ms)
+        self._held = Held([self.lines, vitals], self.clock, self.counters)
+        self._agent = Agent([self._held], self._sink, BATCH, linger_ms)
         self.lines.hosts.start()
 
     def step(self, timeout_s: float = STEP_S) -> list[Order]:
@@ -181,7 +183,7 @@ class Box:
     def close(self) -> None:
         """Stop the drivers, make durable what they gave, say goodbye."""
         now_ms = self.clock.now_ms()
-        last = self.lines.hosts.stop(now_ms)
+        last = self._held.release() + self.lines.hosts.stop(now_ms)
         try:
             self._agent.flush(now_ms)
             for lane in Lane:

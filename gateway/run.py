@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
@@ -35,8 +36,14 @@ class _Driver(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class GatewayProcess:
     """A data folder's gateway. `run` returns when `stop` was called; raises ConfigError, StorageError, Unavailable."""
 
-    def __init__(self, layout: Layout, watchdog: Watchdog | None = None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        watchdog: Watchdog | None = None,
+        clock: Callable[[Path, JournalCounters], BoxClock] = BoxClock,
+    ) -> None:
         self.layout = layout
+        self._clock = clock
         self.counters = JournalCounters(PROCESS, layout.run)
         self._watchdog = watchdog or Watchdog()
         self._store = Store(layout.root)
@@ -54,7 +61,7 @@ class GatewayProcess:
         """Serve until stopped, each configuration with a Box of its own."""
         with sole(self.layout):
             self._recover()
-            clock = BoxClock(self.layout.run / MARK, self.counters)
+            clock = self._clock(self.layout.run / MARK, self.counters)
             while not self._stopping:
                 self._again = False
                 self._attempt(clock)

@@ -76,7 +76,10 @@ class Vitals:
         """Return a reading where one is due: at once, then at full 10 s so that gateways can be compared."""
         if 0 <= self._due_ms - now_ms <= EVERY_MS:
             return []
-        at_ms = now_ms - now_ms % EVERY_MS if self._due_ms else now_ms  # the process before may have told the full 10 s
+        in_turn = (
+            0 <= now_ms - self._due_ms < EVERY_MS
+        )  # else the process, or our time, before may have told the full 10 s
+        at_ms = now_ms - now_ms % EVERY_MS if in_turn else now_ms
         self._due_ms = now_ms - now_ms % EVERY_MS + EVERY_MS
         values = {
             "uptime_s": round(self.uptime_s, 1),

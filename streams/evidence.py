@@ -113,6 +113,13 @@ class EvidenceStore:
         for offset in range(0, about.size, CHUNK_BYTES):
             self._files.remove(self._path(about.sha256, f"{offset}.part"))
 
+    def _drop_unfinished(self, about: About) -> None:
+        """Remove what a killed writer left half written; another one may be writing beside it until it is old."""
+        folder = self.folder / about.sha256[:2]
+        for name in self._files.names(folder):
+            if name.startswith(f".{about.sha256}."):
+                self._files.remove(folder / name)
+
     def _path(self, sha256: str, what: str) -> Path:
         return self.folder / sha256[:2] / f"{sha256}.{what}"
 
@@ -197,6 +204,7 @@ class EvidenceStore:
                 self._files.remove(self._path(about.sha256, "blob"))
                 self._files.remove(self._path(about.sha256, "wrong"))
                 self._drop_parts(about)
+                self._drop_unfinished(about)
                 self._write(msgspec.structs.replace(about, expired_at=now_ms))
                 whole, incomplete = whole + about.complete, incomplete + (not about.complete)
             elif about.expired_at is not None and about.expired_at < now_ms - TOMBSTONE_DAYS * DAY_MS:

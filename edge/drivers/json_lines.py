@@ -298,17 +298,17 @@ class Driver:
         device = self._config.devices_.get(told.d)
         if device is None:
             return host.drop("unknown_device", 1, _shown(text))
-        at_ms = host.now_ms() if told.t is None else told.t
-        odd = self._hand_over(host, device, at_ms, told.m)
+        odd = self._hand_over(host, device, told)
         self._last_s[device] = host.mono_s()
         host.quality(device, Quality.IMPLAUSIBLE if odd else Quality.GOOD, odd)
         return None
 
-    def _hand_over(self, host: Host, device: str, at_ms: int, told: dict[str, float]) -> str:
+    def _hand_over(self, host: Host, device: str, told: Line) -> str:
         """Hand over what is known and possible; return what is not possible."""
+        at_ms = host.now_ms() if told.t is None else told.t
         values: dict[Lane, dict[str, float]] = {Lane.TELEMETRY: {}, Lane.EVENT: {}}
         odd = ""
-        for name, raw in told.items():
+        for name, raw in told.m.items():
             known = self._config.metrics.get(name) or (Value(name) if name in METRICS else None)
             if known is None:
                 host.drop("unknown_metric", 1, f"{device}: {name!r}"[:80])
@@ -320,7 +320,7 @@ class Driver:
                 odd = odd or f"{name}: {raw:g}"
         for lane, some in values.items():
             if some:
-                host.put(lane, Reading(device, at_ms, some))
+                host.put(lane, Reading(device, at_ms, some), own_time=told.t is not None)
         return odd
 
 

@@ -93,6 +93,9 @@ class Line(Protocol):
     def ask(self, unit_id: int, block: Block) -> bytes | Trouble:
         """Read a block; return its data, `block.size` bytes."""
 
+    def unused(self) -> list[tuple[str, str]]:
+        """Return what was heard since the last call and is no answer to what was asked: (reason, what it was)."""
+
     def close(self) -> None:
         """Let go of it."""
 
@@ -228,6 +231,8 @@ class Bus:
         for block in task.reads:
             host.mono_s()  # a sign of life: several slow answers are no hanging
             data = self._line.ask(unit_id, block)
+            for reason, what in self._line.unused():
+                host.drop(reason, 1, what)
             if isinstance(data, Trouble):
                 trouble = trouble or data
                 if data.quality is Quality.REFUSED:

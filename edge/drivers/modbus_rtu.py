@@ -8,13 +8,15 @@
       devices:
         - {device: hyd-000123, unit_id: 17, map: hydrant}
 
-Frames after MODBUS over Serial Line Specification V1.02, section 2.5.1.
+Frames after MODBUS over Serial Line Specification V1.02, section 2.5.1. An answer does not say what it answers: see
+`edge/drivers/unanswered.py`.
 """
 
 from __future__ import annotations
 
 import os
 import select
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -37,6 +39,7 @@ from edge.drivers.modbus import (
     refusal,
 )
 from edge.drivers.registers import Block, RegisterMap
+from edge.drivers.unanswered import Unanswered
 from edge.serial_port import open_port
 
 __all__ = ["DEADLINE_S", "PROCESS", "Config", "make"]
@@ -44,7 +47,10 @@ PROCESS = False
 REQUEST_BYTES, ANSWER_BYTES = 8, 5  # an answer's without its data
 SHORTEST_GAP_S = 0.00175  # above 19,200 baud
 SILENCE_S = 0.05  # a frame that stops so long is over: USB adapters hold bytes back for 16 ms
+HELD_BACK_S = 0.02
+MOST_CHATTER_S = 0.3  # of what nobody was asked for: the longest frame at 9,600 baud
 MOST_LOAD = 0.9
+MOST_TRIES = 3  # of a poll: a garbled answer, and a wider read that is refused
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,28 +107,38 @@ class Heard(msgspec.Struct, frozen=True):
     whole: bool
 
 
+def frames(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Find the whole frames of answers in what was heard, each with its place; noise between them is passed over."""
+    start = 0
+    while start <= len(data) - ANSWER_BYTES:
+        size = ANSWER_BYTES + (0 if data[start + 1] & 0x80 else data[start + 2])
+        frame = data[start : start + size]
+        if 1 <= data[start + 1] & 0x7F <= 4 and len(frame) == size and intact(frame):
+            yield start, frame
+            start += size
+        else:
+            start += 1
+
+
 def understand(data: bytes, unit_id: int, block: Block) -> Heard:
     """Find the answer to a read in what was heard since it was asked: noise before it is passed over.
 
-    A frame of another station does not end the wait, because it may be the late answer to an earlier question.
+    A frame of another station does not end the wait.
     """
-    verdict = Heard(Trouble(Quality.GARBLED, f"{len(data)} bytes are no answer: {data[:16].hex(' ')}"), whole=False)
-    for start in range(len(data) - ANSWER_BYTES + 1):
-        function = data[start + 1] & 0x7F
-        refused = data[start + 1] & 0x80
-        size = ANSWER_BYTES if refused else ANSWER_BYTES + data[start + 2]
-        frame = data[start : start + size]
-        if function != block.function or len(frame) < size or not intact(frame):
+    foreign: Heard | None = None
+    for _, frame in frames(data):
+        if frame[1] & 0x7F != block.function:
             continue
         if frame[0] != unit_id:
-            verdict = Heard(Trouble(Quality.FOREIGN, f"unit {frame[0]} answers for unit {unit_id}"), whole=False)
-        elif refused:
+            foreign = Heard(Trouble(Quality.FOREIGN, f"unit {frame[0]} answers for unit {unit_id}"), whole=False)
+        elif frame[1] & 0x80:
             return Heard(refusal(block.function, block.address, frame[2]), whole=True)
         elif frame[2] != block.size:
             return Heard(Trouble(Quality.GARBLED, f"{frame[2]} bytes of data instead of {block.size}"), whole=True)
         else:
             return Heard(frame[3:-2], whole=True)
-    return verdict
+    what = f"{len(data)} bytes are no answer: {data[:16].hex(' ')}"
+    return foreign or Heard(Trouble(Quality.GARBLED, what), whole=False)
 
 
 def intact(frame: bytes) -> bool:
@@ -131,14 +147,21 @@ def intact(frame: bytes) -> bool:
 
 
 class SerialLine:
-    """A serial port with stations on it. Frames are kept apart by the silence that the standard asks for."""
+    """A serial port with stations on it. Frames are kept apart by the silence that the standard asks for.
+
+    What is heard and not used: `late_answer` (the answer to an earlier question), `echo` (our own question; said once).
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._port: serial.Serial | None = None
         self._free_s = 0.0  # when the line has been silent for long enough
-        self._frames: dict[tuple[int, int, int], bytes] = {}
+        self._requests: dict[tuple[int, int, int, int], bytes] = {}
         self._framer = FramerRTU(DecodePDU(False))
+        self._unanswered = Unanswered(config.timeout / 1000)
+        self._troubles: dict[int, Trouble] = {}  # by unit, of the question that is open
+        self._unused: list[tuple[str, str]] = []
+        self._echoes = False
 
     def open(self) -> None:
         """Open the port, for us alone."""
@@ -146,6 +169,8 @@ class SerialLine:
         self.close()
         self._port = open_port(config.port, config.baud, config.parity, config.stop_bits)
         self._free_s = monotonic_s() + config.gap_s
+        self._unanswered = Unanswered(config.timeout / 1000)
+        self._echoes = False
 
     def close(self) -> None:
         """Let go of the port."""
@@ -153,35 +178,77 @@ class SerialLine:
         if port is not None:
             port.close()
 
+    def unused(self) -> list[tuple[str, str]]:
+        """Return what was heard since the last call and is no answer to what was asked."""
+        found, self._unused = self._unused, []
+        return found
+
     def ask(self, unit_id: int, block: Block) -> bytes | Trouble:
         """Read a block; once more where the answer is garbled and there is time for it within the time-out."""
+        begun_s, until_s = monotonic_s(), float("inf")
+        for _ in range(MOST_TRIES):
+            asked = self._unanswered.distinct(unit_id, block, monotonic_s())
+            if asked is None:  # nothing that can be asked now, and nothing new that is known
+                return self._troubles[unit_id]
+            found, until_s = self._read_block(unit_id, asked, until_s)
+            if not isinstance(found, Trouble):
+                return found[: block.size]
+            garbled = found.quality is Quality.GARBLED and monotonic_s() - begun_s < self._config.timeout / 2000
+            wider_refused = found.quality is Quality.REFUSED and asked is not block  # it has no more registers
+            if not (garbled or wider_refused):
+                break
+        return found
+
+    def _read_block(self, unit_id: int, block: Block, no_later_s: float) -> tuple[bytes | Trouble, float]:
+        """Ask once; return what came, and when the wait for it would have ended."""
         fd = self._fd()
         wait_until_s(self._free_s)
-        sent_s = self._send(fd, unit_id, block)
+        request = self._request(unit_id, block)
+        sent_s = self._send(fd, request)
         answer_s = (ANSWER_BYTES + block.size) * self._config.char_s
-        until_s = sent_s + REQUEST_BYTES * self._config.char_s + self._config.timeout / 1000 + answer_s
-        found = self._listen(fd, unit_id, block, until_s)
-        again = isinstance(found, Trouble) and found.quality is Quality.GARBLED
-        if again and monotonic_s() - sent_s < self._config.timeout / 2000:
-            wait_until_s(self._free_s)
-            self._send(fd, unit_id, block)
-            found = self._listen(fd, unit_id, block, until_s)
+        wait_s = REQUEST_BYTES * self._config.char_s + self._unanswered.timeout_s(unit_id) + answer_s
+        until_s = min(sent_s + wait_s, no_later_s)
+        return self._note(unit_id, block, self._listen(fd, unit_id, block, request, until_s), sent_s), until_s
+
+    def _note(self, unit_id: int, block: Block, found: bytes | Trouble, sent_s: float) -> bytes | Trouble:
+        """Remember whether an answer may still come; return what was found."""
+        if not isinstance(found, Trouble):
+            self._unanswered.answered(unit_id)
+            return found
+        if found.quality is not Quality.REFUSED:
+            self._unanswered.timed_out(unit_id, block, sent_s)
+        elif self._unanswered.refused(unit_id, block, sent_s) and self._unanswered.late(unit_id):
+            found = self._nothing(unit_id)  # rather the late answer to something that it does not have
+        self._troubles[unit_id] = found
         return found
+
+    def _nothing(self, unit_id: int) -> Trouble:
+        timeout = f"{self._config.timeout} ms"
+        why = f"nothing {'but the echo of our question ' * self._echoes}within {timeout}"
+        if self._unanswered.late(unit_id):
+            why = f"it answers later than {timeout}: raise `timeout`"
+        return Trouble(Quality.NO_ANSWER, f"unit {unit_id}: {why}")
 
     def _fd(self) -> int:
         if self._port is None:
             raise OSError(f"{self._config.port} is not open")
         return int(self._port.fileno())
 
-    def _send(self, fd: int, unit_id: int, block: Block) -> float:
-        """Write the request, after what was still heard is thrown away; return when."""
-        key = (unit_id, block.function, block.address)
-        if key not in self._frames:
+    def _request(self, unit_id: int, block: Block) -> bytes:
+        key = (unit_id, block.function, block.address, block.count)
+        if key not in self._requests:
             request = REQUESTS[block.function](dev_id=unit_id, address=block.address, count=block.count)
-            self._frames[key] = self._framer.buildFrame(request)
-        while select.select([fd], [], [], 0)[0]:
-            self._read(fd)
-        os.write(fd, self._frames[key])
+            self._requests[key] = self._framer.buildFrame(request)
+        return self._requests[key]
+
+    def _send(self, fd: int, request: bytes) -> float:
+        """Write the request, once the line is silent and what was heard meanwhile is out of the way; return when."""
+        heard, until_s = b"", monotonic_s() + MOST_CHATTER_S
+        while select.select([fd], [], [], HELD_BACK_S if heard else 0)[0] and monotonic_s() < until_s:
+            heard += self._read(fd)
+        if heard:
+            self._without_late(heard)
+        os.write(fd, request)
         return monotonic_s()
 
     def _read(self, fd: int) -> bytes:
@@ -190,22 +257,48 @@ class SerialLine:
             raise OSError(f"{self._config.port} is gone")
         return data
 
-    def _listen(self, fd: int, unit_id: int, block: Block, until_s: float) -> bytes | Trouble:
+    def _listen(self, fd: int, unit_id: int, block: Block, request: bytes, until_s: float) -> bytes | Trouble:
         heard = b""
-        told: bytes | Trouble = Trouble(Quality.NO_ANSWER, f"unit {unit_id}: nothing within {self._config.timeout} ms")
+        told: bytes | Trouble | None = None
         while True:
             now_s = monotonic_s()
             garbled = isinstance(told, Trouble) and told.quality is Quality.GARBLED
             left_s = min(until_s - now_s, SILENCE_S if garbled else until_s - now_s)
             if left_s <= 0 or not select.select([fd], [], [], left_s)[0]:
                 self._free_s = monotonic_s() + self._config.gap_s
-                return told
-            heard += self._read(fd)
+                return self._nothing(unit_id) if told is None else told
+            heard = self._without_echo(heard + self._read(fd), request)
+            heard = self._without_late(heard, unit_id)
             self._free_s = monotonic_s() + self._config.gap_s
-            verdict = understand(heard, unit_id, block)
-            told = verdict.found
-            if verdict.whole:
-                return told
+            verdict = understand(heard, unit_id, block) if heard else None
+            told = verdict.found if verdict is not None else None
+            if verdict is not None and verdict.whole:
+                return verdict.found
+
+    def _without_echo(self, heard: bytes, request: bytes) -> bytes:
+        """Return what was heard without our own question, which some adapters give back."""
+        if request not in heard:
+            return heard
+        said, self._echoes = self._echoes, True
+        what = "" if said else f"{self._config.port} gives back what it sends (a two-wire adapter with its receiver on)"
+        self._unused.append(("echo", what))
+        return heard.replace(request, b"", 1)
+
+    def _without_late(self, heard: bytes, asked: int = 0) -> bytes:
+        """Return what was heard without the late answers to earlier questions; what the unit refuses that was asked is
+        for it to tell.
+        """
+        if not self._unanswered:
+            return heard
+        for start, frame in frames(heard):
+            refused = bool(frame[1] & 0x80)
+            if refused and frame[0] == asked:  # first things first: what is behind it counts for nothing
+                return heard[: start + len(frame)]
+            if self._unanswered.take(frame[0], frame[1] & 0x7F, None if refused else frame[2], monotonic_s()):
+                what = f"unit {frame[0]} answers later than {self._config.timeout} ms: raise `timeout`"
+                self._unused.append(("late_answer", what))
+                return self._without_late(heard[:start] + heard[start + len(frame) :], asked)
+        return heard
 
 
 def make(name: str, config: Config) -> Bus:

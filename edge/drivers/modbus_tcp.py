@@ -68,6 +68,9 @@ class TcpLine:
         self._socket: socket.socket | None = None
         self._heard = b""
         self._number = 0
+        self._sent = b""
+        self._unused: list[tuple[str, str]] = []
+        self._others = ""  # the last number that was not the question's
         self._framer = FramerSocket(DecodePDU(False))
 
     def open(self) -> None:
@@ -87,20 +90,27 @@ class TcpLine:
         if connected is not None:
             connected.close()
 
+    def unused(self) -> list[tuple[str, str]]:
+        """Return what was heard since the last call and is no answer to what was asked."""
+        found, self._unused = self._unused, []
+        return found
+
     def ask(self, unit_id: int, block: Block) -> bytes | Trouble:
         """Read a block."""
         if self._socket is None:
             raise OSError(f"{self._config.address} is not connected")
         self._number = self._number % 65535 + 1
         request = REQUESTS[block.function](unit_id, self._number, block.address, block.count)
-        self._socket.sendall(self._framer.buildFrame(request))
+        self._sent, self._others = self._framer.buildFrame(request), ""
+        self._socket.sendall(self._sent)
         until_s = monotonic_s() + self._config.timeout / 1000
         while (found := self._understand(unit_id, block)) is None:
             self._socket.settimeout(max(0.001, until_s - monotonic_s()))
             try:
                 data = self._socket.recv(4096)
             except TimeoutError:
-                return Trouble(Quality.NO_ANSWER, f"unit {unit_id}: nothing within {self._config.timeout} ms")
+                what = f"nothing{self._others} within {self._config.timeout} ms"
+                return Trouble(Quality.NO_ANSWER, f"unit {unit_id}: {what}")
             if not data:
                 raise OSError(f"{self._config.address} closed the connection")
             self._heard += data
@@ -114,10 +124,19 @@ class TcpLine:
                 raise OSError(f"{self._config.address} does not speak Modbus: {self._heard[:8].hex(' ')}")
             if not used:
                 return None
-            self._heard = self._heard[used:]
-            if number == self._number:
+            whole, self._heard = self._heard[:used], self._heard[used:]
+            if whole == self._sent:
+                self._pass_over("echo", "our own question", f"{self._config.address} gives back what it is asked")
+            elif number != self._number:
+                late = f"{self._config.address} answers later than {self._config.timeout} ms: raise `timeout`"
+                self._pass_over("late_answer", f"answer number {number} for {self._number}", late)
+            else:
                 return _evaluate(unit, frame, unit_id, block)
         return None
+
+    def _pass_over(self, reason: str, what: str, sample: str) -> None:
+        self._others = f" but {what}"
+        self._unused.append((reason, sample))
 
 
 def _evaluate(unit: int, frame: bytes, unit_id: int, block: Block) -> bytes | Trouble:

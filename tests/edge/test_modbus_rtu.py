@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from citybrain.clock import system_clock
+from citybrain.clock import system_clock, wait_s
 from citybrain.config import Duration, convert, parse_yaml
 from citybrain.counters import Counters
 from citybrain.errors import ConfigError
 from citybrain.model import Lane, Reading
 from edge.driver import Quality, Request
-from edge.drivers.modbus_rtu import Config, Heard, understand
+from edge.drivers.modbus import Station, Trouble
+from edge.drivers.modbus_rtu import Config, Heard, SerialLine, understand
 from edge.drivers.registers import Block, Register
+from edge.drivers.unanswered import FORGET
 from edge.host import Configured, Hosts
 from simulators.lines.modbus import RtuBus, Slave, hydrant
 from simulators.lines.wire import resampled
@@ -42,8 +46,8 @@ def configured(text: str) -> Config:
 class Site:
     """A line with three hydrants, the driver on it under its supervisor, and what it has given."""
 
-    def __init__(self, folder: Path, baud: int = 115_200, text: str = CONFIG) -> None:
-        self.bus = RtuBus(folder / "ttyUSB0", [hydrant(unit_id) for unit_id in (1, 2, 3)], baud)
+    def __init__(self, folder: Path, baud: int = 115_200, text: str = CONFIG, *, echo: bool = False) -> None:
+        self.bus = RtuBus(folder / "ttyUSB0", [hydrant(unit_id) for unit_id in (1, 2, 3)], baud, echo=echo)
         self.bus.start()
         config = configured(text.format(port=self.bus.wire.port))
         self.counters = Counters("gateway")
@@ -102,7 +106,7 @@ def test_values_come_in_their_units(site: Site) -> None:
     [
         ("dead", Quality.NO_ANSWER, "unit 2: nothing within 150 ms"),
         ("crc", Quality.GARBLED, "bytes are no answer"),
-        ("half", Quality.GARBLED, "12 bytes are no answer"),
+        ("half", Quality.GARBLED, "2 bytes are no answer: 02 83"),
         ("noise", Quality.GARBLED, "bytes are no answer"),
         ("refuse", Quality.REFUSED, "function 3 at address 0: exception 1 (illegal function)"),
         ("foreign", Quality.FOREIGN, "unit 3 answers for unit 2"),
@@ -220,6 +224,125 @@ def test_events_are_told_when_they_change(tmp_path: Path, sites: list[Site]) -> 
     events = [one.values for lane, one in site.given if lane is Lane.EVENT and one.device == "hyd-1"]
     assert events == [{"fault_code": 0, "tilt_deg": 5}, {"fault_code": 41}]
     assert {lane for lane, one in site.given if "door_closed" in one.values} == {Lane.TELEMETRY}
+
+
+def test_an_adapter_that_hears_itself(tmp_path: Path, sites: list[Site]) -> None:
+    sites.append(site := Site(tmp_path, echo=True))
+    site.until(lambda: all_good(site), "all good")
+    said = f"bus-0: echo: {site.bus.wire.port} gives back what it sends (a two-wire adapter with its receiver on)"
+    assert site.counters.warnings == [said]
+    assert site.counters.values["dropped_total{reason=echo}"] >= 3
+    site.bus.slaves[2].fault = "dead"
+    site.until(lambda: site.quality("hyd-2") is Quality.NO_ANSWER, "said")
+    assert any("unit 2: nothing but the echo of our question within 150 ms" in one for one in site.counters.warnings)
+
+
+def test_an_echo_that_looks_like_an_answer_is_none(tmp_path: Path) -> None:
+    """A question about address 0x0300 to 0x03ff has the third byte, and so the length, of an answer of 3 bytes."""
+    with asked(tmp_path, [Slave(1, {}, dict.fromkeys(range(0x300, 0x320), True))], 0.1, echo=True) as (_, line):
+        assert line.ask(1, Block(1, 0x300, 20, ())) == b"\xff\xff\x0f"
+
+
+def test_a_device_that_answers_late_is_waited_for_and_said(tmp_path: Path, sites: list[Site]) -> None:
+    sites.append(site := Site(tmp_path))
+    site.until(lambda: all_good(site), "all good")
+    site.bus.slaves[2].late_s = 0.18
+    site.until(lambda: site.counters.values["dropped_total{reason=late_answer}"] >= 1, "noticed")
+    before = site.amount("hyd-2")
+    site.until(lambda: site.amount("hyd-2") >= before + 3, "values again")
+    assert "bus-0: late_answer: unit 2 answers later than 150 ms: raise `timeout`" in site.counters.warnings
+    site.bus.slaves[2].late_s = 0.75
+    site.until(lambda: site.quality("hyd-2") is Quality.NO_ANSWER, "too late", 20)
+    site.until(lambda: "answers later than" in site.hosts.reasons().get("hyd-2", ""), "why", 20)
+    before = site.amount("hyd-1")
+    site.until(lambda: site.amount("hyd-1") >= before + 5, "the others going on")
+
+
+# --- late answers ---
+
+TIMEOUT_S = 0.02  # so long that a machine that is busy for a moment is not ten of them late
+
+
+@contextmanager
+def asked(
+    folder: Path, slaves: list[Slave], timeout_s: float = TIMEOUT_S, *, echo: bool = False
+) -> Iterator[tuple[RtuBus, SerialLine]]:
+    """A bus and the line that asks it, without the schedule between them."""
+    bus = RtuBus(folder / "ttyUSB0", slaves, echo=echo)
+    bus.start()
+    stations = tuple(Station(f"d{slave.unit_id}", slave.unit_id, "hydrant") for slave in slaves)
+    line = SerialLine(Config(str(bus.wire.port), stations, 115_200, timeout=Duration(round(timeout_s * 1000))))
+    line.open()
+    try:
+        yield bus, line
+    finally:
+        line.close()
+        bus.stop()
+
+
+class Counting(Slave):
+    """A device whose every register tells its address and which question it answers: (address, number) in turn."""
+
+    def __init__(self, unit_id: int, most: int, late: Callable[[], float]) -> None:
+        super().__init__(unit_id, dict.fromkeys(range(most), 0))
+        self.late = late
+
+    def answer(self, request: Any) -> Any:
+        self.late_s = self.late()
+        number = len(self.asked)
+        self.registers = {at: at if at % 2 == 0 else number for at in self.registers}
+        return super().answer(request)
+
+
+def longest_s(slave: Slave) -> float:
+    """Return the longest that a device took for one of its last answers: this machine may make it later than it is."""
+    pairs = list(zip(slave.asked, slave.told, strict=False))[-6:]
+    begins = [asked_s if n == 0 else max(asked_s, pairs[n - 1][1]) for n, (asked_s, _) in enumerate(pairs)]
+    return max((told_s - begin_s for (_, told_s), begin_s in zip(pairs, begins, strict=True)), default=0.0)
+
+
+def answers_of(folder: Path, late: Callable[[], float], polls: int, most: int, seed: int) -> tuple[int, int, int]:
+    """Ask a slow and a prompt device in turns; return how many answers the slow one gave, how many were late, and how
+    many of the prompt one's failed. Whatever is taken for an answer must be the answer to the last question.
+    """
+    chosen = random.Random(seed)
+    taken = noticed = failed = 0
+    with asked(folder, [Counting(1, most, late), Counting(2, most, lambda: 0.0)]) as (bus, line):
+        for _ in range(polls):
+            unit_id, address = chosen.choice([(1, 0), (1, 10), (1, 20), (1, 24), (2, 0), (2, 10)])
+            found = line.ask(unit_id, Block(3, address, most - 24 if address == 24 else 10, ()))
+            noticed += sum(reason == "late_answer" for reason, _ in line.unused())
+            if isinstance(found, bytes):
+                told = struct.unpack_from(">HH", found)
+                slave = bus.slaves[unit_id]
+                assert told == (address, len(slave.asked)) or longest_s(slave) >= FORGET * TIMEOUT_S
+            taken += isinstance(found, bytes) and unit_id == 1
+            failed += isinstance(found, Trouble) and unit_id == 2
+            if chosen.random() < 0.1:
+                wait_s(chosen.uniform(0, 4 * TIMEOUT_S))
+    return taken, noticed, failed
+
+
+@pytest.mark.parametrize(("times", "most"), [(1.2, 30), (2.0, 64), (5.0, 30), (5.0, 64)])
+def test_a_late_answer_is_never_taken_for_another(tmp_path: Path, times: float, most: int) -> None:
+    """most: how many registers it has; with 30 it refuses a read that is widened at the end."""
+    taken, noticed, _ = answers_of(tmp_path, lambda: times * TIMEOUT_S, 100, most, seed=round(times * 10))
+    assert noticed >= 1
+    assert taken >= 25 or times > 1.5
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("most", [30, 64], ids=["refuses more", "has more"])
+@pytest.mark.parametrize("times", [1.2, 2.0, 5.0, 0.0])
+def test_late_answers_over_2000_polls(tmp_path: Path, times: float, most: int) -> None:
+    """times 0: now prompt, now as late as 5 time-outs."""
+    chosen = random.Random(5)
+
+    def late() -> float:
+        return (times or chosen.choice([0, 0, 0, 1.1, 1.5, 3, 5])) * TIMEOUT_S
+
+    _, noticed, _ = answers_of(tmp_path, late, 2000, most, seed=round(times * 10) + 1)
+    assert noticed >= 1
 
 
 WRONG = [

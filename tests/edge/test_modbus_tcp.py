@@ -40,8 +40,8 @@ def pump_room() -> Slave:
 class Site:
     """A server with a pump room and a hydrant, and the driver on it."""
 
-    def __init__(self, port: int = 0) -> None:
-        self.server = TcpServer([pump_room(), hydrant(2)])
+    def __init__(self, port: int = 0, *, echo: bool = False) -> None:
+        self.server = TcpServer([pump_room(), hydrant(2)], echo=echo)
         self.server.start()
         value, lines = parse_yaml(CONFIG.format(port=port or self.server.port), "gateway.yaml")
         self.counters = Counters("gateway")
@@ -123,6 +123,29 @@ def test_a_connection_that_is_cut_is_made_again(sites: list[Site]) -> None:
     site.server.cut()
     site.until(lambda: site.hosts.qualities()["pump-1"] is Quality.UNPLUGGED, "unplugged")
     site.until(site.good, "good again")
+
+
+def test_a_late_answer_is_told_from_the_next_by_its_number(sites: list[Site]) -> None:
+    sites.append(site := Site())
+    site.until(site.good, "both good")
+    site.server.slaves[2].late_s = 0.4
+    site.until(lambda: site.counters.values["dropped_total{reason=late_answer}"] >= 2, "late answers")
+    site.until(lambda: site.hosts.qualities()["hyd-2"] is Quality.NO_ANSWER, "said")
+    assert "tcp: late_answer: 127.0.0.1 answers later than 300 ms: raise `timeout`" in site.counters.warnings
+    known = {round(one.values["pressure_mpa"], 3) for _, one in site.given if "pressure_mpa" in one.values}
+    assert known == {0.5, 0.312}
+    site.server.slaves[2].late_s = 0.0
+    site.until(site.good, "good again")
+
+
+def test_a_converter_that_gives_back_what_it_is_asked(sites: list[Site]) -> None:
+    sites.append(site := Site(echo=True))
+    site.until(site.good, "both good")
+    assert "tcp: echo: 127.0.0.1 gives back what it is asked" in site.counters.warnings
+    assert site.counters.values["dropped_total{reason=echo}"] >= 2
+    site.server.slaves[2].fault = "dead"
+    site.until(lambda: site.hosts.qualities()["hyd-2"] is Quality.NO_ANSWER, "said")
+    assert "unit 2: nothing but our own question within 300 ms" in site.hosts.reasons()["hyd-2"]
 
 
 def test_nobody_there(sites: list[Site], free_port: int) -> None:

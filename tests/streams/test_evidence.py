@@ -434,6 +434,8 @@ def test_content_goes_when_it_is_old_and_what_was_known_of_it_later(tmp_path: Pa
         store.content(store.find(sha256))
     assert store.put("gw-a", opened(blob_chunks(b"old")[0]), NOW + 41 * DAY_MS), "it comes again"
     assert store.content(store.find(sha256)) == b"old"
+    left = store._path(sha256, "0.part")
+    left.with_name(f".{left.name}.4711.new").write_bytes(b"of a process that was killed while it wrote")
     store.expire(NOW + 80 * DAY_MS)
     store.expire(NOW + (81 + TOMBSTONE_DAYS) * DAY_MS)
     with pytest.raises(NotFound, match="never received, or long removed"):
