@@ -11,7 +11,7 @@ from citybrain.wire import CHUNK_BYTES, blob_sha256
 from streams.evidence import EvidenceStore
 from streams.log import Kind, decode_control, frame_head
 from tests.conftest import eventually
-from tests.test_kafka_ingest import Site, site
+from tests.streams.test_kafka_ingest import Site, site
 
 __all__ = ["site"]  # the fixture
 PICTURE_BYTES = 300_000

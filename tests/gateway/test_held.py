@@ -22,8 +22,8 @@ from citybrain.storage import OS_FILES
 from gateway.held import Given, Held
 from gateway.times import HOLD_S, BoxClock
 from tests.conftest import end, eventually, unused_port
+from tests.gateway.test_gateway_service import Answering
 from tests.gateway_box import GATEWAY, Process, config_text
-from tests.test_gateway_service import Answering
 
 SHUTDOWN_MS = 1_790_000_000_000
 OLD_BOOT, NEW_BOOT = 1, 2
@@ -256,7 +256,7 @@ class Clockless(Process):
         (folder / "run" / "clock.boot").write_bytes(OLD_BOOT.to_bytes(8, "little"))
         command = [sys.executable, "-m", "tests.clockless_gateway", str(folder), str(self.off)]
         with self.log.open("ab") as log:
-            root = Path(__file__).parents[1]
+            root = Path(__file__).parents[2]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ), cwd=root)
 
     def held(self) -> float:
