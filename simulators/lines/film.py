@@ -307,7 +307,10 @@ class Film:
 
 
 def write_film(folder: Path, film: Film, fps: float) -> Path:
-    """Write a film as its camera would send it; H.264 as MPEG-4 where no ffmpeg is installed; raises OSError."""
+    """Write a film as its camera would send it; raises OSError.
+
+    Where no ffmpeg is installed H.264 becomes MPEG-4 of a higher rate, and `film.codec` says so.
+    """
     images: Iterable[NDArray[np.uint8]] = (image for _, image in film.frames(fps))
     if film.codec == "mjpeg":
         write_video(folder / "film.avi", images, fps, "MJPG")
@@ -317,6 +320,7 @@ def write_film(folder: Path, film: Film, fps: float) -> Path:
         return folder / "film.avi"
     path, program = folder / "film.mp4", shutil.which("ffmpeg")
     if program is None:
+        film.codec = "mp4v"  # OpenCV's encoder, at a rate of its own
         write_video(path, images, fps, "mp4v")
         return path
     encoder = ["libx264", "-preset", "veryfast"] if film.codec == "h264" else ["mpeg4"]

@@ -6,7 +6,7 @@ from itertools import islice
 
 import numpy as np
 
-from benchmarks import camera_places
+from benchmarks.camera import places
 from simulators.lines.film import Film
 
 
@@ -18,11 +18,11 @@ def test_a_seed_gives_the_same_film_and_another_seed_another() -> None:
 
 
 def test_at_a_place_to_develop_on_all_is_found_in_time_and_nothing_else_is_said() -> None:
-    result = camera_places.run(104)
+    result = places.run(104)
     assert {one.what for one in result.found} == {"garbage", "moved"}
-    assert all(one.due and one.delay_s is not None and one.delay_s <= camera_places.BAR_S for one in result.found)
+    assert all(one.due and one.delay_s is not None and one.delay_s <= places.BAR_S for one in result.found)
     assert result.wrong_health == result.wrong_events == ()
-    figures = camera_places.summary([result])
+    figures = places.summary([result])
     assert figures["kinds"]["garbage"]["in_time"] == figures["kinds"]["moved"]["in_time"] == 1
     assert figures["false_events_told"] == figures["false_health"] == 0
-    assert list(camera_places.notes([result])) == []
+    assert list(places.notes([result])) == []

@@ -8,6 +8,7 @@ figure is one of seeds that nobody has looked at.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def run(seed: int, clips: Path | None = None) -> Result:
 
 
 class _Truth(msgspec.Struct):
+    codec: str
     due: dict[int, bool]
     filled: dict[int, dict[str, float]]
     waited: dict[str, float]
@@ -100,10 +102,10 @@ def _filmed(film: Film, folder: Path) -> Path:
     truth = folder / "truth.json"
     if truth.exists():
         known = msgspec.json.decode(truth.read_bytes(), type=_Truth)
-        film.due, film.filled, film.waited = known.due, known.filled, known.waited
+        film.codec, film.due, film.filled, film.waited = known.codec, known.due, known.filled, known.waited
         return next(folder.glob("film.*"))
     path = write_film(folder, film, FPS)
-    truth.write_bytes(msgspec.json.encode(_Truth(film.due, film.filled, film.waited)))
+    truth.write_bytes(msgspec.json.encode(_Truth(film.codec, film.due, film.filled, film.waited)))
     return path
 
 
@@ -165,6 +167,7 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
     health, events = (sum(len(getattr(one, name)) for one in results) for name in ("wrong_health", "wrong_events"))
     return {
         "scenes": len(results),
+        "codecs": Counter(one.codec or "raw" for one in results),
         "camera_hours": round(hours, 3),
         "kinds": kinds,
         "false_health": health,

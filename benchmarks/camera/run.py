@@ -13,7 +13,7 @@ dwell_delay_s    the longest time beyond the dwell until a thing that was left w
 false_events     events and faults in 10 minutes of passers-by, a lorry, rain, shadow, cloud, wind and dusk
 rss_mb           of this process at its end
 
-With `--scenes` it measures those instead, at random places (benchmarks/camera_places.py): by kind what was planted, how
+With `--scenes` it measures those instead, at random places (places.py): by kind what was planted, how
 much of it was due (it can be seen at all), found in time, late or missed; and what was said for nothing an hour.
 """
 
@@ -34,7 +34,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from benchmarks import camera_places
+from benchmarks.camera import places
 from edge.vision.frames import Image
 from edge.vision.health import Trouble
 from edge.vision.scene import Region
@@ -162,17 +162,19 @@ def random_places(options: argparse.Namespace) -> int:
     """Measure at random places; print what went wrong, and the figures."""
     seeds = range(options.seed, options.seed + options.scenes)
     with ProcessPoolExecutor(options.jobs, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        results = list(pool.map(partial(camera_places.run, clips=options.clips), seeds))
-    for note in camera_places.notes(results):
+        results = list(pool.map(partial(places.run, clips=options.clips), seeds))
+    for note in places.notes(results):
         print(note, file=sys.stderr)
-    figures = camera_places.summary(results)
+    figures = places.summary(results)
     print(json.dumps(figures) if options.json else json.dumps(figures, indent=1))
     return 0
 
 
 def main() -> int:
     """Measure; print a table, or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.camera", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clip", type=Path, help="a video to decode instead of the synthetic one")
     parser.add_argument("--seed", type=int, default=100, help="the first random place; 100 to 119 are to develop on")
     parser.add_argument("--scenes", type=int, default=0, help="how many random places")
@@ -196,7 +198,3 @@ def main() -> int:
         for name, value in result.items():
             print(f"{name:<20} {value}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
