@@ -195,9 +195,9 @@ class Door:
                 line, host = await self._accepted(loop)
                 why = self._doorman.admit(host, monotonic_s())
                 if why is not None:
+                    self.refused(why, host)
                     line.close()
                     room.release()
-                    self.refused(why, host)
                     continue
                 self._counters.add("box_connections_total")
                 task = loop.create_task(self._serve(line, host, protocol))

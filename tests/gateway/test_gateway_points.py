@@ -113,7 +113,7 @@ def test_what_changes_every_second_is_written_in_memory_only(box: Process, live:
     first = path.read_bytes()
     eventually(lambda: path.read_bytes() != first, 5, "the next one")
     run = box.folder / "run"
-    assert {one.name for one in run.iterdir()} == {"clock", "gateway.lock", LIVE}
+    assert {one.name for one in run.iterdir()} == {"clock", "clock.boot", "gateway.lock", LIVE}
     beat = last_heartbeat(run)
     assert beat is not None
     assert beat.pid == box.process.pid
