@@ -33,10 +33,8 @@ STRUCTURE = 0.5  # levels a pixel: a block with less has nothing to recognise it
 LEAST_BLOCKS = 8  # with fewer of them nothing is said about the view
 FEWEST_BLOCKS = 4  # … about the sharpness
 SAME_VIEW, COVERED = 0.4, 0.25
-PART, MOST = (
-    0.3,
-    0.5,
-)  # shares of the structure: more than a part of it is doubted when it has lasted, most of it at once
+PART = 0.3  # of the structure: more is doubted when it has lasted
+MOST = 0.5  # … and more than that at once
 PART_S = 60.0  # longer than a bus waits at the lights
 QUIET = 0.15  # of the least that ever changes: less is a frozen picture that was encoded once more
 LEAST_CHANGE = 0.3  # levels: a camera that is more quiet than that is only frozen when nothing at all changes
