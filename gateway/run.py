@@ -59,6 +59,8 @@ class GatewayProcess:
 
     def run(self) -> None:
         """Serve until stopped, each configuration with a Box of its own."""
+        if self._nothing_here():
+            read_config(self._store.current)  # says so, and leaves no folder behind where a name was mistyped
         with sole(self.layout):
             self._recover()
             clock = self._clock(self.layout.run / MARK, self.counters)
@@ -66,6 +68,12 @@ class GatewayProcess:
                 self._again = False
                 self._attempt(clock)
             self._watchdog.stopping()
+
+    def _nothing_here(self) -> bool:
+        try:
+            return not self._store.current.exists()
+        except OSError:  # a folder that is not ours to look into: whoever locks it says why
+            return False
 
     def _attempt(self, clock: BoxClock) -> None:
         try:

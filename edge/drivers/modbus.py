@@ -25,6 +25,7 @@ LONGEST_TIMEOUT_MS = 5000
 SHORTEST_INTERVAL_MS = 20
 SAID_AFTER = 2  # polls in vain, one after the other: a single lost frame says nothing of a station
 RARELY_AFTER, RARELY = 3, 10
+OF_REGISTERS = (Quality.REFUSED, Quality.IMPLAUSIBLE)
 NOBODY = "; no device of this line has answered yet: are wiring, speed and parity right?"
 FIRST_REOPEN_S, MOST_REOPEN_S = 0.5, 5.0
 REQUESTS: dict[int, type[ModbusPDU]] = {
@@ -112,7 +113,7 @@ class Seat:
     def __init__(self, station: Station, registers: Sequence[Register]) -> None:
         self.station = station
         self.silent = 0  # tries without an answer, one after the other
-        self.in_vain = 0  # polls with a trouble, one after the other
+        self.tasks: list[Task] = []
         self.events: dict[str, float] = {}  # of the event lane, as told last
         self.deadbands = {one.metric: one.deadband for one in registers}
 
@@ -131,6 +132,15 @@ class Task:
         self.reads = reads
         self.grid_s = first_s  # the task is due at this plus whole intervals
         self.due_s = first_s
+        self.in_vain = 0  # polls with a trouble, one after the other
+        self.trouble: Trouble | None = None  # of the last one
+        seat.tasks.append(self)
+
+    @property
+    def stands(self) -> bool:
+        """Return whether what is wrong is of these registers: another task that is answered says nothing of them."""
+        of_registers = self.trouble is not None and self.trouble.quality in OF_REGISTERS
+        return of_registers and self.in_vain >= SAID_AFTER
 
     def next(self, now_s: float, rarely: int = 1) -> int:
         """Become due at the next but `rarely` - 1 place of the grid after `now_s`; return how many were missed."""
@@ -242,7 +252,7 @@ class Bus:
         self._hand_over(host, seat, values)
         self._heard = self._heard or trouble is None
         seat.silent = seat.silent + 1 if trouble is not None and trouble.quality is Quality.NO_ANSWER else 0
-        self._say(host, seat, trouble)
+        self._say(host, task, trouble)
         return trouble
 
     def _hand_over(self, host: Host, seat: Seat, values: dict[Lane, dict[str, float]]) -> None:
@@ -254,13 +264,15 @@ class Bus:
             seat.events.update(changed)
             host.put(Lane.EVENT, Reading(device, now_ms, changed))
 
-    def _say(self, host: Host, seat: Seat, trouble: Trouble | None) -> None:
-        seat.in_vain = 0 if trouble is None else seat.in_vain + 1
+    def _say(self, host: Host, task: Task, trouble: Trouble | None) -> None:
+        device, task.trouble = task.seat.station.device, trouble
+        task.in_vain = 0 if trouble is None else task.in_vain + 1
         if trouble is None:
-            host.quality(seat.station.device, Quality.GOOD)
-        elif seat.in_vain >= SAID_AFTER:
-            hint = "" if self._heard else NOBODY
-            host.quality(seat.station.device, trouble.quality, trouble.why + hint)
+            trouble = next((one.trouble for one in task.seat.tasks if one.stands), None)
+            quality, why = (Quality.GOOD, "") if trouble is None else (trouble.quality, trouble.why)
+            host.quality(device, quality, why)
+        elif task.in_vain >= SAID_AFTER:
+            host.quality(device, trouble.quality, trouble.why + ("" if self._heard else NOBODY))
 
     def _sample(self, host: Host, request: Request) -> None:
         """Read a station, or all, at once."""

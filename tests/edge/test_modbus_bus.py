@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from citybrain.config import Duration
 from citybrain.model import Lane, Reading
 from edge.driver import Quality, Request
 from edge.drivers.modbus import RARELY, RARELY_AFTER, Bus, Station, Trouble
@@ -25,6 +26,7 @@ class Time:
         self.end_s = end_s
         self.given: dict[str, list[float]] = {}
         self.dropped = 0
+        self.qualities: list[Quality] = []  # as they change
 
     def now_ms(self) -> int:
         return round(self.now_s * 1000)
@@ -39,7 +41,8 @@ class Time:
         raise AssertionError
 
     def quality(self, device: str, quality: Quality, why: str = "") -> None:
-        pass
+        if self.qualities[-1:] != [quality]:
+            self.qualities.append(quality)
 
     def drop(self, _reason: str, amount: int = 1, sample: str = "") -> None:
         self.dropped += amount
@@ -94,6 +97,20 @@ def late_s(times: list[float], unit: int, stations: int = 16) -> float:
     """Return the most that readings came after their place in the grid."""
     first = (unit - 1) / stations + ANSWER_S
     return max((at - first + 1e-6) % 1.0 for at in times)
+
+
+def test_registers_that_are_wrong_stay_so_while_others_of_the_device_are_answered() -> None:
+    registers = (Register("level_m", 0, interval=Duration(1000)), Register("flow_lps", 500, interval=Duration(10_000)))
+
+    class Refusing(Wire):
+        def ask(self, unit_id: int, block: Block) -> bytes | Trouble:
+            wrong = block.address == 500 and self._time.now_s < 60.0
+            return Trouble(Quality.REFUSED, "no such register") if wrong else super().ask(unit_id, block)
+
+    time = Time(100.0)
+    wire = Refusing(time, {})
+    Bus("bus", wire, (Station("d1", 1, "two"),), {"two": RegisterMap(registers)}, 1000).run(time)
+    assert time.qualities == [Quality.GOOD, Quality.REFUSED, Quality.GOOD]
 
 
 @settings(deadline=None, max_examples=25)

@@ -231,9 +231,10 @@ def test_what_an_editor_elsewhere_adds_does_no_harm(tmp_path: Path) -> None:
 
 
 def test_the_process_itself_ends_with_code_3(tmp_path: Path) -> None:
-    box = Process(tmp_path)
+    box = Process(tmp_path / "mistyped")
     assert box.process.wait(20) == 3
     assert "there is none" in box.said()
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_a_disk_that_fails_ends_the_process_with_code_5(folder: Path) -> None:
