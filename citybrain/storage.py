@@ -79,7 +79,13 @@ class OsHandle:
             raise storage_error(self._path, error) from error
 
     def close(self) -> None:
-        os.close(self._fd)
+        descriptor, self._fd = self._fd, -1
+        os.close(descriptor)
+
+    def __del__(self) -> None:
+        """Let go of the file where its owner was dropped without closing it, as Python's own files do."""
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 class OsFiles:

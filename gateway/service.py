@@ -146,8 +146,10 @@ class GatewayService:
         sock = self.socket()
         if sock is None:
             return self._lost("")
-        readable, writable, _ = select.select([sock], [sock] if self.want_write() else [], [], seconds)
-        return self.network(readable=bool(readable), writable=bool(writable))
+        waiter = select.poll()  # select() knows no descriptor above 1023
+        waiter.register(sock, select.POLLIN | (select.POLLOUT if self.want_write() else 0))
+        events = [event for _, event in waiter.poll(seconds * 1000)]
+        return self.moved(events[0] if events else 0)
 
     def socket(self) -> socket.socket | None:
         """Return the connection's socket, None where there is none."""
@@ -167,6 +169,11 @@ class GatewayService:
             self._read(client)
         if writable and self._client is client:
             self._check(client.loop_write())
+
+    def moved(self, event: int) -> None:
+        """Move bytes after what `poll` said of the socket."""
+        ready = select.POLLIN | select.POLLHUP | select.POLLERR
+        self.network(readable=bool(event & ready), writable=bool(event & select.POLLOUT))
 
     def _read(self, client: paho.Client) -> None:
         """Take what is there; what TLS has deciphered already shows on no socket."""
@@ -394,9 +401,6 @@ def poll_all(services: Sequence[GatewayService], timeout_s: float) -> None:
             by_fd[sock.fileno()] = service
             waiter.register(sock, select.POLLIN | (select.POLLOUT if service.want_write() else 0))
     for fd, event in waiter.poll(max(timeout_s, 0.0) * 1000):
-        by_fd[fd].network(
-            readable=bool(event & (select.POLLIN | select.POLLHUP | select.POLLERR)),
-            writable=bool(event & select.POLLOUT),
-        )
+        by_fd[fd].moved(event)
     for service in services:
         service.advance()

@@ -98,7 +98,7 @@ def test_a_clip_of_two_seconds_is_a_picture_and_then_a_lost_signal(tmp_path: Pat
     site = Site(Config(CAMERA, str(clip(tmp_path / "short.avi", 2.0)), folder=str(tmp_path / "kept")))
     try:
         site.until(lambda: 1.0 in site.values("signal") and 0.0 in site.values("signal"), what="both")
-        assert site.hosts.qualities()[CAMERA] is Quality.UNPLUGGED
+        site.until(lambda: site.hosts.qualities().get(CAMERA) is Quality.UNPLUGGED, what="the lost signal's quality")
         assert "has ended" in site.hosts.reasons()[CAMERA]
         assert site.values("sharpness") == [], "there was no time to learn what is usual"
         assert site.counters.values["restarts_total{driver=cam}"] == 0
