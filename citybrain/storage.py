@@ -50,6 +50,8 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 class OsHandle:
     """A file opened O_APPEND on the real disk. A short or failed write is cut off again, so a later one fits."""
 
+    _fd = -1  # none open: not yet, or not any more
+
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._fd = descriptor

@@ -226,6 +226,7 @@ class Ending(OsFiles):
 class EndingHandle(OsHandle):
     def __init__(self, handle: OsHandle, files: Ending) -> None:
         super().__init__(handle._path, handle._fd)
+        handle._fd = -1  # ours from now on
         self._files = files
 
     def write(self, data: bytes) -> None:
