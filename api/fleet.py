@@ -124,12 +124,12 @@ class Fleet:
     def boxes(self, beats: Mapping[str, Heartbeat]) -> list[Box]:
         """Return the gateways of the registry in force, in the order of their ids."""
         latest, sheets = self._latest, self.sheets()
-        statuses, issued = statuses_of(beats), self._issued()
+        statuses, issued, now_ms = statuses_of(beats), self._issued(), self._clock.now_ms()
         found = []
         for gateway in sorted(latest.registry.gateways, key=lambda one: one.id):
             own, seen = latest.find(gateway.id), latest.seen(gateway.id)
             values = latest.values(own) if own is not None else {}
-            online = self._clock.now_ms() - newest_of(seen) <= LIMITS.gateway_silent_ms
+            online = now_ms - newest_of(seen) <= LIMITS.gateway_silent_ms
             ends = certificate_ends(values.get("certificate_days"), issued.get(gateway.id))
             status, sheet = statuses.get(gateway.id), sheets.get(gateway.id)
             found.append(Box(gateway, online, seen, status, values, ends, sheet))

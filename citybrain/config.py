@@ -183,20 +183,24 @@ def _nearest(name: str, kind: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def read_text(path: Path) -> str:
-    """Return a file's text; raises ConfigError where it cannot be read, or is not UTF-8, with the line."""
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content; raises ConfigError where it cannot be read."""
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read: {error.strerror or error}") from None
+
+
+def text_of(content: bytes, file: str) -> str:
+    """Return a file's text; raises ConfigError with the line where it is not UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}:{line}", f"not UTF-8 (byte {content[error.start]:02X}): save it as UTF-8") from None
+        raise ConfigError(f"{file}:{line}", f"not UTF-8 (byte {content[error.start]:02X}): save it as UTF-8") from None
 
 
 def load_yaml(path: Path, kind: type[T]) -> T:
     """Read a YAML file as `kind`; raises ConfigError."""
-    value, lines = parse_yaml(read_text(path), str(path))
+    value, lines = parse_yaml(text_of(read_bytes(path), str(path)), str(path))
     return convert(value, kind, lines)

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from citybrain.clock import monotonic_s, real_unix_ms
-from citybrain.storage import OS_FILES, storage_error
+from citybrain.storage import OS_FILES, replace_unsynced, storage_error
 
 PERIOD_S = 1.0
 STALE_MS = 10_000
@@ -229,10 +229,8 @@ class Counters:
             self.per_minute(),
             {name: delays.told() for name, delays in self.delays.items()},
         )
-        beside = self._path.with_name(f".{self._path.name}")
         try:
-            beside.write_bytes(msgspec.json.encode(beat))  # not synced: it is only ever as old as a second
-            beside.replace(self._path)
+            replace_unsynced(self._path, msgspec.json.encode(beat))
         except OSError as error:  # a full disk must not end a process that could still serve
             self.add("errors_total", stage="heartbeat")
             self.warn(str(storage_error(self._path, error)))

@@ -47,6 +47,13 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"{path}: {error.strerror or error}")
 
 
+def replace_unsynced(path: Path, data: bytes) -> None:
+    """Put a file's new content in place whole, without a sync: it is written again soon. Raises OSError."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_bytes(data)
+    beside.replace(path)
+
+
 class OsHandle:
     """A file opened O_APPEND on the real disk. A short or failed write is cut off again, so a later one fits."""
 

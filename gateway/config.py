@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from citybrain.config import Duration, Lines, convert, parse_yaml, read_text
+from citybrain.config import Duration, Lines, convert, parse_yaml, read_bytes, text_of
 from citybrain.errors import ConfigError
 from edge.drivers import DRIVERS
 from edge.host import Configured
@@ -59,7 +59,7 @@ class SpoolPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GatewayConfig(msgspec.Struct, frozen=True):
-    """The whole file. sha256: of its text, in hex."""
+    """The whole file. sha256: of its bytes, in hex; "" of a text that is in no file."""
 
     gateway: str
     shard: int
@@ -81,9 +81,9 @@ def read_config(path: Path) -> GatewayConfig:
     """Read and check the file; raises ConfigError with file, line and field."""
     if not path.exists():
         raise ConfigError(str(path), "there is none: `citybrain gateway enrol` writes it")
-    config = parse_config(read_text(path), str(path))
-    whole = hashlib.sha256(path.read_bytes())  # a byte order mark is not in the text, but in the file
-    return msgspec.structs.replace(config, sha256=whole.hexdigest())
+    content = read_bytes(path)
+    config = parse_config(text_of(content, str(path)), str(path))
+    return msgspec.structs.replace(config, sha256=hashlib.sha256(content).hexdigest())
 
 
 def parse_config(text: str, file: str = FILE) -> GatewayConfig:
@@ -94,8 +94,7 @@ def parse_config(text: str, file: str = FILE) -> GatewayConfig:
     drivers = tuple(_driver(name, section, lines) for name, section in raw.drivers.items())
     _one_owner(raw.gateway, drivers, lines)
     _one_user(drivers, lines)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return GatewayConfig(raw.gateway, raw.shard, raw.broker, raw.spool, drivers, digest)
+    return GatewayConfig(raw.gateway, raw.shard, raw.broker, raw.spool, drivers)
 
 
 def _check(raw: _File, lines: Lines) -> None:

@@ -81,8 +81,9 @@ def examine(folder: Path, now_ms: int) -> Look:
         return
     yield good("config_well", gateway=config.gateway, drivers=len(config.drivers))
     yield from _spool(folder, config)
+    beat = last_heartbeat(folder / "run")
     for driver in config.drivers:
-        yield from _port(folder, driver.name, driver.config)
+        yield from _port(driver.name, driver.config, beat.pid if beat is not None else 0)
     yield from _certificate(folder, config, now_ms)
     yield from _broker(folder, config, now_ms)
     yield from _process(folder, now_ms)
@@ -128,12 +129,11 @@ def _spool(folder: Path, config: Any) -> Look:
     yield level("spool", used_mb=round(used_mb, 1), limit_mb=config.spool.limit_mb)
 
 
-def _port(folder: Path, name: str, config: object) -> Look:
+def _port(name: str, config: object, gateway: int) -> Look:
     for field in ("port", "device"):
         path = getattr(config, field, None)
         if isinstance(path, str) and path.startswith("/"):
-            beat = last_heartbeat(folder / "run")
-            level, code, facts = look_at(Path(path), beat.pid if beat is not None else 0)
+            level, code, facts = look_at(Path(path), gateway)
             yield Finding(level, code, {"driver": name, "port": path, **facts})
 
 

@@ -18,6 +18,7 @@ import msgspec
 from citybrain.clock import iso, monotonic_s, real_unix_ms
 from citybrain.counters import Counters, Heartbeat, read_heartbeats
 from citybrain.errors import UsageError
+from citybrain.storage import replace_unsynced
 
 PROCESS = "gateway"
 LIVE = "live"  # in `DIR/run`: the link to the folder in memory
@@ -80,9 +81,7 @@ class JournalCounters(Counters):
         self._kept_s = monotonic_s()
         if self._kept is not None and self._path is not None:
             try:
-                beside = self._kept.with_name(f".{self._kept.name}")
-                beside.write_bytes(self._path.read_bytes())
-                beside.replace(self._kept)
+                replace_unsynced(self._kept, self._path.read_bytes())
             except OSError as error:
                 self.add("errors_total", stage="heartbeat")
                 self.warn(f"{self._kept}: {error.strerror or error}")

@@ -18,6 +18,7 @@ from citybrain.cli import emit, language
 from citybrain.clock import real_unix_ms
 from citybrain.errors import EXIT_FAILED, EXIT_UNAVAILABLE
 from citybrain.i18n import text
+from citybrain.storage import replace_unsynced
 from citybrain.units import METRICS
 from edge.driver import Quality
 from edge.host import Hosts
@@ -48,10 +49,8 @@ def write_points(folder: Path | None, hosts: Hosts, now_ms: int) -> None:
     known = hosts.qualities()
     devices: dict[str, int | None] = {device: known.get(device) for device in hosts.latest.devices}
     seen = Seen(now_ms, devices, tuple(hosts.latest.points()))
-    beside = folder / f".{FILE}"
     with contextlib.suppress(OSError):
-        beside.write_bytes(msgspec.json.encode(seen))
-        beside.replace(folder / FILE)
+        replace_unsynced(folder / FILE, msgspec.json.encode(seen))
 
 
 def read_points(run: Path) -> Seen | None:
@@ -89,8 +88,7 @@ def _rows(seen: Seen, chosen: str) -> list[tuple[str, str, str, str, str]]:
 
 def _shown(metric: str, value: float) -> str:
     known = METRICS.get(metric)
-    unit = known.unit if known is not None and known.unit not in ("1", "0/1", "code") else ""
-    return f"{value:.6g} {unit}".strip()
+    return f"{value:.6g}{known.suffix if known is not None else ''}"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

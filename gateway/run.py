@@ -15,14 +15,13 @@ from citybrain.layout import Layout
 from citybrain.orders import WHATS, Order
 from gateway.box import MARK, ORDERS, Box, sole
 from gateway.config import GatewayConfig, read_config
-from gateway.journal import JournalCounters
+from gateway.journal import PROCESS, JournalCounters
 from gateway.orders import Orders
 from gateway.times import BoxClock
 from gateway.trial import MOST_STARTS, Configure, Store, Trial, checked
 from gateway.watchdog import Watchdog
 
 T = TypeVar("T")
-PROCESS = "gateway"
 
 
 class _Level(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
