@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from citybrain.machine import Machine
 from citybrain.model import Place, Registry
 from streams.alarms import ALARM
 from streams.incidents import INCIDENT
-from tests.desk_city import CATEGORIES, HYDRANTS, MIN, T0, City, S, invariants, make_registry
+from tests.desk_city import CATEGORIES, HYDRANTS, MIN, T0, City, S, make_registry
 
 DOCS = Path(__file__).parents[2] / "docs" / "cases.md"
 
@@ -139,14 +138,6 @@ def test_a_place_knows_its_grid_street_and_owner() -> None:
 
 
 # --- commands -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def city(tmp_path: Path, database: str) -> Iterator[City]:
-    made = City(tmp_path, database=database)
-    yield made
-    invariants(made)
-    made.close()
 
 
 def test_acknowledging_names_who_and_when(city: City) -> None:

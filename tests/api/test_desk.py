@@ -6,7 +6,6 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -32,14 +31,6 @@ from tests.desk_city import HYDRANTS, LIFTS, MIN, T0, City, S, everything, invar
 
 # Per group of alarms (rule, subject, time of its last raise), and what it became: how many such groups.
 Groups = Counter[tuple[frozenset[tuple[str, str, int]], tuple[tuple[str, str], ...]]]
-
-
-@pytest.fixture
-def city(tmp_path: Path, database: str) -> Iterator[City]:
-    made = City(tmp_path, database=database)
-    yield made
-    invariants(made)
-    made.close()
 
 
 # --- incidents and cases ------------------------------------------------------------------------------------------

@@ -20,20 +20,12 @@ from api.cases.places import Atlas
 from citybrain.clock import DAY_MS
 from citybrain.db.schema import alarms, cases, incidents, timeline
 from citybrain.model import Device, Registry, Unit
-from tests.desk_city import HYDRANTS, MIN, City, everything, invariants, make_registry
+from tests.desk_city import HYDRANTS, MIN, City, everything, make_registry
 from tests.seeded_site import Seeded, process, seeded
 
 H0, H1 = HYDRANTS[:2]
 HELD = 11 * MIN  # battery_low is held for 10 min before it becomes an order
 QUIET = 31 * MIN
-
-
-@pytest.fixture
-def city(tmp_path: Path, database: str) -> Iterator[City]:
-    made = City(tmp_path, database=database)
-    yield made
-    invariants(made)
-    made.close()
 
 
 def flat(city: City, subject: str = H0, at: int = 0) -> str:

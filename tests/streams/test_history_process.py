@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from sqlalchemy import insert
 
 from citybrain.clock import DAY_MS, RunClock, real_unix_ms
-from citybrain.counters import Heartbeat, read_heartbeats
 from citybrain.db.migrations import upgrade
 from citybrain.db.schema import consumed
 from citybrain.db.store import open_store
@@ -30,7 +26,8 @@ from streams.history.query import report_damage
 from streams.history.retention import Retention, needed, read_retention, removable_parts, removable_segments
 from streams.log import Kind, encode_transition
 from streams.runtimes.history import HistoryProcess
-from tests.conftest import end, eventually
+from tests.commands import beat_of, run_to_end, running
+from tests.conftest import eventually
 from tests.engine_logs import START
 from tests.history_logs import busy_log, compacted, merge_all, rows_of_history, rows_of_log, write
 from tests.streams.test_history import FEW, flip
@@ -46,25 +43,9 @@ def layout(tmp_path: Path) -> Layout:
     return found
 
 
-@contextmanager
-def history(layout: Layout, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    argv = [sys.executable, "-m", "citybrain", "history", *words, "--data", str(layout.root)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        try:
-            yield process
-        finally:
-            end(process)
-
-
-def run(layout: Layout, *words: str) -> tuple[int, str, str]:
-    """Run a command to its end; return its exit code and what it said."""
-    with history(layout, *words) as process:
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out.decode(), err.decode()
-
-
-def beat(layout: Layout) -> Heartbeat | None:
-    return next((each for each in read_heartbeats(layout.run) if each.process == "history"), None)
+history = partial(running, "history")
+run = partial(run_to_end, "history", within_s=60)
+beat = partial(beat_of, "history")
 
 
 def offset(layout: Layout) -> int:

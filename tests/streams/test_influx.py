@@ -6,10 +6,7 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,7 +17,7 @@ from urllib3 import HTTPHeaderDict
 from benchmarks.faults.lines import Lines
 from citybrain.cli import main
 from citybrain.clock import RunClock, real_unix_ms
-from citybrain.counters import Heartbeat, read_heartbeats
+from citybrain.counters import Heartbeat
 from citybrain.layout import Layout, Run
 from citybrain.model import Lane
 from citybrain.segments import Record, segment_name, segments
@@ -31,7 +28,8 @@ from streams.projection.follower import Mark, mark_path
 from streams.projection.server import retry_after_s
 from streams.runtimes.kafka.blobs import SharedLayout
 from streams.runtimes.kafka.store import KafkaStore
-from tests.conftest import end, eventually
+from tests.commands import beat_of, run_to_end, running
+from tests.conftest import eventually
 from tests.engine_logs import REGISTRIES, START, Log
 from tests.history_logs import busy_log, compacted, rows_of_log, write
 from tests.influx_proxy import Told, proxy
@@ -55,25 +53,9 @@ def configure(layout: Layout, url: str, **more: object) -> None:
     (layout.root / "influx.yaml").write_text(json.dumps(text))
 
 
-@contextmanager
-def influx(layout: Layout, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    argv = [sys.executable, "-m", "citybrain", "influx", *words, "--data", str(layout.root)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        try:
-            yield process
-        finally:
-            end(process)
-
-
-def run(layout: Layout, *words: str) -> tuple[int, str, str]:
-    """Run a command to its end; return its exit code and what it said."""
-    with influx(layout, *words) as process:
-        out, err = process.communicate(timeout=30)
-        return process.returncode, out.decode(), err.decode()
-
-
-def beat(layout: Layout) -> Heartbeat | None:
-    return next((each for each in read_heartbeats(layout.run) if each.process == "influx"), None)
+influx = partial(running, "influx")
+run = partial(run_to_end, "influx", within_s=30)
+beat = partial(beat_of, "influx")
 
 
 def said(layout: Layout) -> Heartbeat:
